@@ -1,0 +1,104 @@
+"""The command line: ``actreg``, or ``python -m actreg_dispatch``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from actreg_dispatch import BackendError, __version__, get_backend
+from actreg_dispatch.registry import AUTO, check_name, requested
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except BackendError as error:
+        parser.exit(2, f"actreg: {error}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="actreg", description="Activity regularization for NumPy and CuPy arrays."
+    )
+    parser.add_argument("--version", action="version", version=f"actreg_dispatch {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train sparse autoencoders of handwritten digits and show what λ does",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--backend", help="the backend that computes (default: ACTREG_BACKEND, auto)")
+    demo.add_argument(
+        "--out", type=Path, help="the picture, a PNG (default: actreg-demo.png, or a free name)"
+    )
+    demo.add_argument("--overwrite", action="store_true", help="replace the file --out names")
+    demo.add_argument("--epochs", type=_positive, default=40, help="passes over the digits")
+    demo.add_argument("--seed", type=_natural, default=0, help="of the split and the weights")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser("doctor", help="say what is usable, what is chosen, and test it")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = _natural(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
+    return int(text)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    if options.backend is not None:
+        options.backend = check_name(options.backend, f"--backend {options.backend}")
+    for name in {options.backend or requested()[0]} - {AUTO}:
+        get_backend(name)  # an unusable one is told before the work
+    out = options.out or _free_name("actreg-demo", ".png")
+    if out.exists() and not options.overwrite:
+        return _fail(f"--out {out} exists; name another file, or add --overwrite")
+    if not out.parent.is_dir():
+        return _fail(f"--out {out}: there is no folder {out.parent}; create it first")
+    try:
+        from actreg_dispatch import demo
+    except ImportError as error:
+        return _fail(
+            f"the demo needs {error.name}; install what it needs with: "
+            f'python -m pip install "actreg-dispatch[demo]"'
+        )
+    demo.main(demo.Settings(epochs=options.epochs, seed=options.seed, backend=options.backend), out)
+    return 0
+
+
+def _free_name(stem: str, suffix: str) -> Path:
+    names = itertools.chain([stem + suffix], (f"{stem}-{n}{suffix}" for n in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def _fail(message: str) -> int:
+    print(f"actreg: {message}", file=sys.stderr)
+    return 2
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from actreg_dispatch.doctor import examine
+
+    return examine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""``actreg doctor``: what is installed, what is usable, what is chosen, and whether it is right."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from actreg_dispatch import __version__
+from actreg_dispatch.errors import BackendError
+from actreg_dispatch.exact import exact_result
+from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.registry import (
+    ENVIRONMENT_VARIABLE,
+    backend_names,
+    choose,
+    get_backend,
+    requested,
+    why_unavailable,
+)
+from actreg_dispatch.regularization import ActivityRegularization
+
+__all__ = ["examine", "self_test"]
+
+_SIZES = (0, 1, 7, 40_000)  # the last one is large enough for parallel kernels
+
+
+def examine(say: Callable[[str], None] = print) -> int:
+    """Print the findings line by line and return the exit status: 0 when all is well."""
+    healthy = True
+    say(f"actreg_dispatch {__version__}")
+    say(f"Python {platform.python_version()} on {platform.platform()} ({os.cpu_count()} CPUs)")
+    say(f"NumPy {np.__version__}")
+    say("")
+    for name in backend_names():
+        reason = why_unavailable(name)
+        if reason:
+            say(f"{name:6} unusable: {reason}")
+            continue
+        try:
+            self_test(name)
+        except Exception as error:  # a broken backend may raise anything
+            healthy = False
+            say(f"{name:6} FAILED its self-test: {error}")
+        else:
+            say(f"{name:6} usable, agrees with exact arithmetic{_details(name)}")
+    say("")
+    return 0 if _examine_choice(say) and healthy else 1
+
+
+def _examine_choice(say: Callable[[str], None]) -> bool:
+    """Say what the environment variable leads to; return whether it leads anywhere."""
+    value = os.environ.get(ENVIRONMENT_VARIABLE)
+    say(f"{ENVIRONMENT_VARIABLE} is {'not set' if value is None else repr(value)}")
+    try:
+        requested()
+        for array_type in ("numpy.ndarray", "cupy.ndarray"):
+            if array_type == "numpy.ndarray" or not why_unavailable("cupy"):
+                backend, _ = choose(array_type, np.dtype(np.float32), None)
+                say(f"  a {array_type} is computed by {backend.name}")
+    except BackendError as error:
+        say(f"  {error}")
+        return False
+    return True
+
+
+def _details(name: str) -> str:
+    """Return what there is to know of a usable backend's machinery."""
+    if name == "numba":
+        numba: Any = sys.modules["numba"]
+        return (
+            f"; Numba {numba.__version__}, threading layer {numba.threading_layer()}, "
+            f"{numba.get_num_threads()} threads"
+        )
+    if name == "cupy":
+        cupy: Any = sys.modules["cupy"]
+        device = cupy.cuda.Device()
+        properties = cupy.cuda.runtime.getDeviceProperties(device.id)
+        return (
+            f"; CuPy {cupy.__version__}, {properties['name'].decode()}, compute capability "
+            f"{device.compute_capability}, {properties['totalGlobalMem'] / 2**30:.1f} GiB"
+        )
+    return ""
+
+
+def self_test(name: str) -> None:
+    """Compare penalty and gradient of one backend with rational arithmetic, bit for bit.
+
+    Raises
+    ------
+    AssertionError
+        If a bit differs; the message says for which norm, dtype and size.
+    BackendError
+        If the backend is unknown or cannot run here.
+    """
+    get_backend(name)
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        for size in _SIZES:
+            spread = 10.0 ** rng.integers(-8, 8, size)
+            activations = (rng.normal(size=size) * spread).astype(dtype)
+            for norm in ActivityNorm:
+                gradients = rng.normal(size=size).astype(dtype)
+                penalty, updated = exact_result(activations, gradients, norm, 0.1)
+                regularization = ActivityRegularization(0.1, norm, backend=name)
+                found = regularization.apply(activations, gradients)
+                if found.tobytes() != penalty.tobytes() or gradients.tobytes() != updated.tobytes():
+                    raise AssertionError(
+                        f"{norm.value} of {size} {np.dtype(dtype)} values: penalty {found!r}, "
+                        f"exactly rounded {penalty!r}; "
+                        f"{np.count_nonzero(gradients != updated)} gradients differ"
+                    )

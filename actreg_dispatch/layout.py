@@ -1,0 +1,51 @@
+"""Reading strided arrays in the order in which they lie in memory, without copying them.
+
+Both operations here act on views: the same elements, other axes. A sum and an elementwise update
+do not care in which order they meet the elements, memory does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["collapse"]
+
+
+def collapse(*arrays: Any) -> list[Any]:
+    """Return views of ``arrays`` with as few axes as possible, the last one the densest.
+
+    Axes are put in the order of the strides of the last array (the one that is written),
+    reversed where that array runs backwards, and neighbours that every array steps through
+    evenly are merged. Contiguous arrays of one order become one-dimensional. Nothing is copied.
+
+    Parameters
+    ----------
+    *arrays
+        NumPy or CuPy arrays of one shape, with at least one element.
+
+    Returns
+    -------
+    list
+        One view for each array, all of one shape with at least one axis.
+    """
+    lead = arrays[-1]
+    if all(array.flags.c_contiguous for array in arrays):
+        return [array.reshape(-1) for array in arrays]
+
+    axes = [axis for axis in range(lead.ndim) if lead.shape[axis] > 1]
+    axes.sort(key=lambda axis: abs(lead.strides[axis]), reverse=True)
+    if not axes:
+        return [array.reshape(-1) for array in arrays]
+    kept = axes + [axis for axis in range(lead.ndim) if lead.shape[axis] == 1]
+    flips = tuple(slice(None, None, -1 if lead.strides[axis] < 0 else 1) for axis in axes)
+    drop = (0,) * (lead.ndim - len(axes))
+    views = [array.transpose(kept)[flips + drop] for array in arrays]
+
+    shape = [views[0].shape[0]]
+    for axis in range(1, len(axes)):
+        length = views[0].shape[axis]
+        if all(view.strides[axis - 1] == view.strides[axis] * length for view in views):
+            shape[-1] *= length
+        else:
+            shape.append(length)
+    return [view.reshape(shape) for view in views]

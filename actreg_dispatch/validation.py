@@ -1,0 +1,172 @@
+"""What may enter: types, dtypes, shapes, writability, overlap; checked before anything is written.
+
+The checks read descriptions only (shape, strides, address), never an element, so they cost the
+same for an array on a device as for one on the host and wait for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+
+from actreg_dispatch.errors import MixedArraysError
+from actreg_dispatch.registry import array_type_of
+from actreg_dispatch.rounding import COMPUTE_DTYPES
+
+__all__ = ["check_activations", "check_gradients", "check_number"]
+
+# np.shares_memory solves a bounded Diophantine equation; this many steps take about 0.1 s.
+_OVERLAP_WORK: Any = 1_000_000
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return ``value`` as a Python float if it is a finite real number >= 0.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number, naming the argument ``name``.
+    ValueError
+        If it is negative, infinite or NaN.
+    """
+    advice = f"pass a real number >= 0 and finite for {name}"
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (bool, np.bool_, str, bytes, np.ndarray)):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}") from None
+    except OverflowError:
+        number = math.inf
+    if not (number >= 0.0 and math.isfinite(number)):
+        raise ValueError(f"{name}={value!r} is out of range; {advice}")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def _check_array(name: str, array: Any) -> str:
+    cls = type(array)
+    masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
+    if masked is not None and issubclass(cls, masked):
+        raise TypeError(
+            f"{name} is a masked array; fill it (array.filled(0)) or pass its plain data"
+        )
+    array_type = array_type_of(cls)
+    if array_type is None:
+        raise TypeError(
+            f"{name} must be a NumPy or CuPy array, not {cls.__module__}.{cls.__qualname__}; "
+            f"convert it, for example with numpy.asarray"
+        )
+    if array.dtype not in COMPUTE_DTYPES:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; convert it to float32 or float64, "
+            f"for example with {name}.astype(numpy.float32)"
+        )
+    return array_type
+
+
+def check_activations(activations: Any) -> str:
+    """Return the array type of ``activations``.
+
+    Raises
+    ------
+    TypeError
+        If it is not an array of a known library, is masked, or has an unsupported dtype.
+    """
+    return _check_array("activations", activations)
+
+
+def check_gradients(activations: Any, gradients: Any) -> None:
+    """Check that the gradient of ``activations`` can be added to ``gradients`` in place.
+
+    Raises
+    ------
+    TypeError
+        If ``gradients`` is not an array of the same library and dtype.
+    ValueError
+        If it has another shape, is read-only, or overlaps itself or the activations.
+    """
+    kind, other = array_type_of(type(activations)), _check_array("gradients", gradients)
+    if kind != other:
+        raise MixedArraysError(
+            f"activations are a {kind} but gradients are a {other}; move one of them, "
+            f"no data is moved unasked"
+        )
+    if activations.dtype != gradients.dtype:
+        raise TypeError(
+            f"gradients have dtype {gradients.dtype} but activations have {activations.dtype}; "
+            f"give both one dtype, for example with gradients.astype(activations.dtype)"
+        )
+    if activations.shape != gradients.shape:
+        raise ValueError(
+            f"gradients have shape {gradients.shape} but activations have {activations.shape}; "
+            f"shapes must be equal, nothing is broadcast"
+        )
+    if not getattr(gradients.flags, "writeable", True):
+        raise ValueError("gradients are read-only; pass a writable array, such as gradients.copy()")
+    if gradients.size == 0:
+        return
+    write = _described(gradients)
+    if _overlaps_itself(write):
+        raise ValueError(
+            "gradients overlap themselves: several elements share one memory cell, as in a "
+            "broadcast view; pass gradients.copy()"
+        )
+    if _share_memory(_described(activations), write):
+        raise ValueError(
+            "gradients share memory with activations; the update would change its own input: "
+            "pass a copy of one of them"
+        )
+
+
+class _Interface:
+    """The address and strides of an array on a device, in the form that NumPy reads."""
+
+    def __init__(self, array: Any) -> None:
+        description = dict(array.__cuda_array_interface__)
+        description["version"] = 3
+        description["strides"] = array.strides
+        self.__array_interface__ = description
+
+
+def _described(array: Any) -> np.ndarray[Any, Any]:
+    """Return a NumPy array of the same address, shape and strides, never to be read or written.
+
+    Overlap is arithmetic on addresses, which NumPy's functions do without touching the memory.
+    """
+    return array if isinstance(array, np.ndarray) else np.asarray(_Interface(array))
+
+
+def _share_memory(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Whether some byte belongs to both; interleaved views do not count. In doubt, yes."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(array: np.ndarray[Any, Any]) -> bool:
+    """Whether two elements share a byte."""
+    if array.flags.forc:
+        return False
+    reach = array.itemsize
+    axes = [(abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1]
+    for stride, length in sorted(axes):
+        if stride < reach:
+            break
+        reach += stride * (length - 1)
+    else:
+        return False  # every axis steps over all that the denser ones reach
+    # Elements i and j that first differ along an axis overlap just if elements 0 and j - i along
+    # that axis do, so it is enough to compare the first slice with the others, axis by axis.
+    for _ in range(array.ndim):
+        if _share_memory(array[:1], array[1:]):
+            return True
+        array = array[0, ...]
+    return False

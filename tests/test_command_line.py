@@ -1,0 +1,181 @@
+"""``actreg``: what a newcomer runs first."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from actreg_dispatch import __version__, doctor, registry
+from actreg_dispatch.__main__ import main
+from actreg_dispatch.backends import reference
+
+# The demo.
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    from actreg_dispatch import demo
+
+    return demo.sweep(demo.Settings(epochs=8))
+
+
+def test_sparsity_rises_with_lam(outcomes):
+    plain, *rest = outcomes
+    for norm in ("l1", "l2_squared"):
+        chosen = [plain, *(o for o in rest if o.regularization.norm.value == norm)]
+        assert len(chosen) >= 5
+        lams = [o.regularization.lam for o in chosen]
+        assert lams == sorted(lams)
+        shares = [o.zero_share for o in chosen]
+        assert shares == sorted(shares)
+        assert shares[-1] > shares[0] + 0.2
+        errors = [o.error for o in chosen]
+        assert errors[-1] > errors[0]
+
+
+def test_outcomes_are_consistent(outcomes):
+    for outcome in outcomes:
+        digits, units = outcome.hidden.shape
+        assert (digits, units) == (360, 100)
+        np.testing.assert_allclose(outcome.active_units, units * (1 - outcome.zero_share))
+        np.testing.assert_allclose(np.linalg.norm(outcome.features, axis=1), 1, rtol=1e-5)
+    size = np.abs(outcomes[3].hidden, dtype=np.float64).sum() / 360
+    np.testing.assert_allclose(outcomes[3].penalty, outcomes[3].regularization.lam * size)
+
+
+def test_the_demo_prints_a_table_and_writes_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    out = tmp_path / "picture.png"
+    assert main(["demo", "--epochs", "1", "--seed", "3", "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    for heading in ("norm", "λ", "error", "at zero", "active units", "penalty", "training 11"):
+        assert heading in told
+    assert len(re.findall(r"^│ (?:none|L1|squared L2) ", told, re.MULTILINE)) == 11
+    assert out.read_bytes().startswith(b"\x89PNG")
+    assert out.stat().st_size > 20_000
+
+
+def test_the_demo_is_the_same_with_every_backend(backend):
+    from actreg_dispatch import ActivityRegularization, demo
+
+    images = tuple(part[:200] for part in demo.load_images())
+    found = [
+        demo.train(ActivityRegularization.l1(0.1), images, demo.Settings(epochs=1, backend=name))
+        for name in ("numpy", backend.name)
+    ]
+    assert (found[0].hidden == found[1].hidden).all()
+
+
+def test_the_demo_overwrites_only_when_told(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "mine.png"
+    out.write_text("keep me")
+    assert main(["demo", "--epochs", "1", "--out", str(out)]) == 2
+    assert out.read_text() == "keep me"
+    assert "exists; name another file, or add --overwrite" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "actreg-demo.png").write_text("keep me too")
+    assert main(["demo", "--epochs", "1"]) == 0
+    assert (tmp_path / "actreg-demo.png").read_text() == "keep me too"
+    assert (tmp_path / "actreg-demo-2.png").exists()
+    assert main(["demo", "--epochs", "1", "--out", str(out), "--overwrite"]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_needs_a_folder_to_write_to(tmp_path, capsys):
+    assert main(["demo", "--out", str(tmp_path / "none" / "x.png")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--backend", "bogus"], []])
+def test_the_demo_complains_about_a_backend_before_it_trains(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("ACTREG_BACKEND", "" if arguments else "bogus")
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", *arguments])
+    assert stop.value.code == 2
+    assert "bogus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--seed", "-1"], ["--epochs", "x"]])
+def test_the_demo_complains_about_numbers(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", *arguments])
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_without_its_extra_the_demo_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "actreg_dispatch.demo", raising=False)
+    monkeypatch.delattr("actreg_dispatch.demo", raising=False)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["demo"]) == 2
+    told = capsys.readouterr().err
+    assert "the demo needs rich" in told
+    assert 'pip install "actreg-dispatch[demo]"' in told
+
+
+# The doctor.
+
+
+def test_the_doctor_finds_the_backends_right(capsys):
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert f"actreg_dispatch {__version__}" in told
+    assert f"NumPy {np.__version__}" in told
+    assert re.search(r"^numba +usable, agrees with exact .*threading layer \w+, \d+ thr", told, re.M)
+    assert re.search(r"^numpy +usable, agrees with exact arithmetic$", told, re.MULTILINE)
+    assert re.search(r"^cupy +(usable, agrees.*compute capability|unusable: .*pip )", told, re.M)
+    assert "ACTREG_BACKEND is not set\n  a numpy.ndarray is computed by numba" in told
+
+
+def test_the_doctor_says_what_the_variable_leads_to(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_SIZES", (7,))
+    monkeypatch.setenv("ACTREG_BACKEND", "numpy")
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "ACTREG_BACKEND is 'numpy'\n  a numpy.ndarray is computed by numpy" in told
+
+
+def test_the_doctor_fails_where_the_variable_leads_nowhere(monkeypatch, registered, capsys):
+    monkeypatch.setattr(doctor, "_SIZES", (7,))
+    monkeypatch.setenv("ACTREG_BACKEND", "bogus")
+    assert main(["doctor"]) == 1
+    assert "ACTREG_BACKEND='bogus' names no backend" in capsys.readouterr().out
+
+    monkeypatch.setenv("ACTREG_BACKEND", "broken")
+    registry.register_backend("broken", lambda: 1 / 0, array_type="broken.Array", install="Mend it")
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "broken unusable: ZeroDivisionError: division by zero. Mend it" in told
+    assert "ACTREG_BACKEND='broken': the backend cannot run here" in told
+
+
+@pytest.mark.parametrize("wrong", ["penalty", "gradient", "raises"])
+def test_the_doctor_fails_a_wrong_backend(registered, monkeypatch, capsys, wrong):
+    def apply(activations, gradients, *options):
+        if wrong == "raises":
+            raise OSError("the wire is cut")
+        penalty = reference.apply(activations, gradients, *options)
+        if wrong == "gradient":
+            gradients[-1:] = np.nextafter(gradients[-1:], 9)
+        return np.nextafter(penalty, type(penalty)(9)) if wrong == "penalty" else penalty
+
+    module = types.SimpleNamespace(**vars(reference) | {"name": "wrong", "apply": apply})
+    registry.register_backend("wrong", lambda: module, array_type="numpy.ndarray")
+    monkeypatch.setattr(doctor, "_SIZES", (7,))
+    assert main(["doctor"]) == 1
+    told = capsys.readouterr().out
+    assert "wrong  FAILED its self-test: " in told
+    assert {"penalty": "exactly rounded", "gradient": "1 gradients", "raises": "cut"}[wrong] in told
+
+
+# Both.
+
+
+def test_it_runs_as_a_module(python):
+    assert python("-m", "actreg_dispatch", "--version").stdout == f"actreg_dispatch {__version__}\n"
+    told = python("-m", "actreg_dispatch", check=False)
+    assert told.returncode == 2
+    assert "COMMAND" in told.stderr

@@ -1,0 +1,288 @@
+"""What every backend must do, on the arrays that are native to it.
+
+Results are compared, bit for bit, with rational arithmetic (:mod:`actreg_dispatch.exact`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.testing import assert_allclose, assert_array_equal
+
+from actreg_dispatch import ActivityNorm, DoubleDouble, get_backend
+from actreg_dispatch.exact import exact_result, exact_sum
+
+DTYPES = (np.float32, np.float64)
+
+norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
+
+
+def assert_exact(backend, activations, norm, *, lam=0.1, gradients=None, **options):
+    """Apply and compare penalty and gradients with rational arithmetic; all arrays on the host."""
+    if gradients is None:
+        gradients = np.linspace(-1, 1, activations.size).reshape(activations.shape)
+        gradients = gradients.astype(activations.dtype)
+    reg = backend.regularization(lam, norm, **options)
+    penalty, updated = exact_result(activations, gradients, norm, lam, options.get("epsilon"))
+    device = backend.array(gradients.copy())
+    given_back = [
+        reg.apply(backend.array(activations), device),
+        reg.penalty(backend.array(activations)),
+    ]
+    for found in given_back:
+        assert backend.host(found).tobytes() == penalty.tobytes(), (found, penalty)
+    assert_array_equal(backend.host(device), updated)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("size", [0, 1, 2, 63, 64, 65, 1000, 4099])
+def test_penalty_and_gradients_are_exactly_rounded(backend, norm, dtype, size):
+    rng = np.random.default_rng(size)
+    assert_exact(backend, rng.normal(size=size).astype(dtype), norm)
+
+
+@norms
+@dtypes
+def test_a_large_array_is_exactly_rounded(backend, norm, dtype):
+    size = 70_001 if backend.name == "numba" else 9_001  # parallel kernels, several blocks
+    rng = np.random.default_rng(1)
+    assert_exact(backend, np.maximum(rng.normal(size=size), 0).astype(dtype), norm)
+
+
+@norms
+@dtypes
+def test_magnitudes_far_apart_are_exactly_rounded(backend, norm, dtype):
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=3000) * 10.0 ** rng.uniform(-12, 12, 3000)
+    assert_exact(backend, values.astype(dtype), norm)
+
+
+@norms
+def test_many_ones_are_counted_exactly(backend, norm):
+    assert_exact(backend, np.ones(10_007, np.float32), norm, lam=1.0)
+
+
+@norms
+@dtypes
+def test_the_result_has_the_dtype_and_kind_of_the_input(backend, norm, dtype):
+    reg = backend.regularization(0.1, norm)
+    activations = backend.array([[1.0, 2.0]], dtype)
+    for result in (reg.penalty(activations), reg.apply(activations, activations.copy())):
+        assert result.dtype == dtype
+        assert result.shape == ()
+        assert type(result) is (type(activations) if backend.name == "cupy" else dtype)
+
+
+@norms
+@dtypes
+def test_empty_and_zero_dimensional_arrays(backend, norm, dtype):
+    for shape in ((0,), (3, 0, 2), ()):
+        assert_exact(backend, np.full(shape, -2.0, dtype), norm)
+
+
+LAYOUTS = {
+    "fortran order": lambda a: a.T,
+    "transposed": lambda a: a.transpose(2, 0, 3, 1),
+    "every second": lambda a: a[:, ::2],
+    "last axis strided": lambda a: a[..., ::3],
+    "reversed": lambda a: a[::-1, :, ::-2],
+    "one channel": lambda a: a[..., 1:3],
+    "one row": lambda a: a[2, :, 1, 0],
+    "length one axes": lambda a: a[:1, None, :, :1],
+    "five axes": lambda a: a[::2, ::2, ::2, None, ::2],
+}
+
+
+@norms
+@pytest.mark.parametrize("gradient_layout", ["as the activations", "fresh", "other order"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_any_strides_in_place(backend, norm, layout, gradient_layout):
+    rng = np.random.default_rng(3)
+    base = backend.array(rng.normal(size=(6, 7, 5, 9)).astype(np.float32))
+    activations = layout(base)
+    values = backend.host(activations)
+    start = rng.normal(size=values.shape).astype(np.float32)
+    if gradient_layout == "as the activations":
+        room = base * 0 + 9
+        gradients = layout(room)
+    elif gradient_layout == "fresh":
+        room = gradients = backend.array(start.copy())
+    else:
+        room = backend.array(start.T.copy())
+        gradients = room.T
+    gradients[...] = backend.array(start)
+    outside = float(abs(room).sum() - abs(gradients).sum())
+
+    found = backend.regularization(0.1, norm).apply(activations, gradients)
+
+    penalty, updated = exact_result(values, start, norm, 0.1)
+    assert backend.host(found) == penalty
+    assert_array_equal(backend.host(gradients), updated)
+    assert_allclose(float(abs(room).sum() - abs(gradients).sum()), outside, atol=0.1)
+
+
+def test_a_broadcast_view_may_be_read(backend):
+    column = backend.array([[1.0], [-2.0]])
+    wide = sys.modules[type(column).__module__.partition(".")[0]].broadcast_to(column, (2, 5))
+    gradients = backend.array(np.zeros((2, 5)))
+    assert float(backend.regularization(1.0, "l1").apply(wide, gradients)) == 15.0
+    assert_array_equal(backend.host(gradients), [[1.0] * 5, [-1.0] * 5])
+
+
+@norms
+@pytest.mark.parametrize("epsilon", [None, 0.0, 25.0, 26.0])
+def test_epsilon_decides_where_l2_has_a_gradient(backend, norm, epsilon):
+    if norm is ActivityNorm.L2:
+        assert_exact(backend, np.array([3.0, 4.0]), norm, epsilon=epsilon)
+        assert_exact(backend, np.array([1e-5, 0.0], np.float32), norm, epsilon=epsilon)
+    assert_exact(backend, np.array([3.0, 4.0]), norm)
+
+
+@dtypes
+def test_l2_of_small_activations_follows_epsilon(backend, dtype):
+    eps = float(np.finfo(dtype).eps)
+    for size in (math.sqrt(eps) * 0.99, math.sqrt(eps) * 1.01):
+        gradients = backend.array([0.0], dtype)
+        backend.regularization(0.5, "l2").apply(backend.array([size], dtype), gradients)
+        assert float(gradients[0]) == (0.5 if size * size > eps else 0.0)
+
+
+@dtypes
+def test_l1_has_no_gradient_at_zero_or_nan(backend, dtype):
+    activations = backend.array([0.0, -0.0, math.nan, math.inf, -math.inf, 1.0], dtype)
+    gradients = backend.array(np.zeros(6), dtype)
+    penalty = backend.regularization(0.5, "l1").apply(activations, gradients)
+    assert math.isnan(float(penalty))
+    assert backend.host(gradients).tolist() == [0.0, 0.0, 0.0, 0.5, -0.5, 0.5]
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("size", [5, 200])
+def test_infinity_and_nan_propagate(backend, norm, dtype, size):
+    for bad, expected in (([math.inf, 1.0], math.inf), ([-math.inf, math.nan], math.nan)):
+        activations = np.ones(size, dtype)
+        activations[1:3] = bad
+        penalty = backend.regularization(0.5, norm).penalty(backend.array(activations))
+        assert_array_equal(float(penalty), expected)
+
+
+@dtypes
+def test_l2_with_a_nan_poisons_every_gradient(backend, dtype):
+    gradients = backend.array([0.0, 0.0], dtype)
+    activations = backend.array([math.nan, 1.0], dtype)
+    backend.regularization(0.5, "l2").apply(activations, gradients)
+    assert np.isnan(backend.host(gradients)).all()
+
+
+@norms
+def test_a_penalty_too_large_for_float32_is_infinite(backend, norm):
+    activations = backend.array([3e38, 3e38, 3e38], np.float32)
+    assert float(backend.regularization(1.0, norm).penalty(activations)) == math.inf
+
+
+@norms
+@dtypes
+def test_partial_sums_of_pieces_merge_to_the_whole(backend, norm, dtype):
+    rng = np.random.default_rng(4)
+    values = (rng.normal(size=1001) * 10.0 ** rng.uniform(-6, 6, 1001)).astype(dtype)
+    total = DoubleDouble()
+    for piece in np.split(values, [0, 1, 400, 900]):
+        total = total.merge(get_backend(backend.name).partial_sum(backend.array(piece), norm))
+    assert total.hi == float(exact_sum(values, norm))
+    whole = get_backend(backend.name).partial_sum(backend.array(values), norm)
+    assert total.hi == whole.hi
+    error = abs(exact_sum(values, norm) - sum(map(Fraction, whole)))
+    assert error <= exact_sum(values, norm) / 2**100
+
+
+@norms
+def test_partial_sum_of_what_is_not_finite(backend, norm):
+    partial_sum = get_backend(backend.name).partial_sum
+    assert partial_sum(backend.array([1.0, math.inf]), norm) == (math.inf, 0.0)
+    assert math.isnan(partial_sum(backend.array([1.0, math.nan]), norm).hi)
+
+
+# Properties.
+
+elements = st.floats(-1e6, 1e6, width=32).map(lambda v: v if abs(v) > 1e-3 else 0.0)
+arrays = hnp.arrays(
+    np.float64, hnp.array_shapes(max_dims=3, max_side=6), elements=elements, fill=st.nothing()
+)
+
+
+@norms
+@given(values=arrays)
+def test_apply_adds_and_leaves_activations_alone(backend, norm, values):
+    activations = backend.array(values)
+    once, twice = backend.array(values * 0), backend.array(values * 0)
+    reg = backend.regularization(0.25, norm)
+    reg.apply(activations, once)
+    reg.apply(activations, twice)
+    reg.apply(activations, twice)
+    assert_array_equal(backend.host(activations), values)
+    assert_array_equal(backend.host(twice), 2 * backend.host(once))
+
+
+@norms
+@given(values=arrays, exponent=st.integers(-20, 20), sign=st.sampled_from([-1.0, 1.0]))
+def test_the_penalty_is_absolutely_homogeneous(backend, norm, values, exponent, sign):
+    degree = 2 if norm is ActivityNorm.L2_SQUARED else 1
+    reg = backend.regularization(0.25, norm)
+    penalty = float(reg.penalty(backend.array(values)))
+    scaled = float(reg.penalty(backend.array(sign * 2.0**exponent * values)))
+    assert scaled == 2.0 ** (exponent * degree) * penalty  # powers of two scale without rounding
+
+
+@norms
+@given(values=arrays)
+def test_a_change_of_sign_changes_the_sign_of_the_gradient(backend, norm, values):
+    reg = backend.regularization(0.25, norm)
+    plus, minus = backend.array(values * 0), backend.array(values * 0)
+    penalty = reg.apply(backend.array(values), plus)
+    assert float(penalty) == float(reg.apply(backend.array(-values), minus))
+    assert_array_equal(backend.host(plus), -backend.host(minus))
+
+
+@norms
+@given(values=arrays, seed=st.integers(0, 2**32 - 1))
+def test_a_permutation_permutes_the_gradient(backend, norm, values, seed):
+    order = np.random.default_rng(seed).permutation(values.size)
+    flat = values.ravel()
+    reg = backend.regularization(0.25, norm)
+    gradients, shuffled = backend.array(flat * 0), backend.array(flat * 0)
+    penalty = reg.apply(backend.array(flat), gradients)
+    assert float(penalty) == float(reg.apply(backend.array(flat[order]), shuffled))
+    assert_array_equal(backend.host(gradients)[order], backend.host(shuffled))
+
+
+@norms
+@given(
+    values=hnp.arrays(
+        np.float64,
+        hnp.array_shapes(max_dims=2, max_side=4),
+        elements=st.floats(0.125, 8.0).flatmap(lambda v: st.sampled_from([v, -v])),
+        fill=st.nothing(),
+    )
+)
+def test_the_gradient_is_the_derivative(backend, norm, values):
+    reg = backend.regularization(0.25, norm)
+    gradients = backend.array(values * 0)
+    reg.apply(backend.array(values), gradients)
+    found, h = backend.host(gradients), 2.0**-13
+    for index in np.ndindex(values.shape):
+        sides = []
+        for step in (h, -h):
+            moved = values.copy()
+            moved[index] += step
+            sides.append(float(reg.penalty(backend.array(moved))))
+        assert_allclose(found[index], (sides[0] - sides[1]) / (2 * h), rtol=1e-5, atol=1e-7)

@@ -1,0 +1,182 @@
+"""The API: what a regularization is made of, and the results of its origin.
+
+The first ten tests are those of ``regularizers/activity.rs`` in the Rust crate scirs2, by meaning.
+"""
+
+from __future__ import annotations
+
+import copy
+import fractions
+import pickle
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from actreg_dispatch import ActivityNorm, ActivityRegularization, UnknownBackendError
+
+
+def applied(reg, values):
+    activations = np.array(values)
+    gradients = np.zeros_like(activations)
+    return reg.apply(activations, gradients), gradients
+
+
+def test_each_constructor_creates_its_norm():
+    assert ActivityRegularization.l1(0.1).norm is ActivityNorm.L1
+    assert ActivityRegularization.l2(0.1).norm is ActivityNorm.L2
+    assert ActivityRegularization.l2_squared(0.1).norm is ActivityNorm.L2_SQUARED
+    assert ActivityRegularization(0.1, "l2").lam == 0.1
+
+
+def test_l1_penalty_is_the_sum_of_magnitudes():
+    assert_allclose(ActivityRegularization.l1(0.1).penalty(np.array([1.0, -2.0, 3.0])), 0.6)
+
+
+def test_l1_gradient_is_the_sign():
+    _, gradients = applied(ActivityRegularization.l1(0.1), [1.0, -2.0, 0.0])
+    assert_array_equal(gradients, [0.1, -0.1, 0.0])
+
+
+def test_l2_penalty_is_the_length():
+    assert_allclose(ActivityRegularization.l2(0.1).penalty(np.array([3.0, 4.0])), 0.5)
+
+
+def test_l2_gradient_is_the_direction():
+    _, gradients = applied(ActivityRegularization.l2(0.1), [3.0, 4.0])
+    assert_allclose(gradients, [0.06, 0.08])
+
+
+def test_l2_squared_penalty_is_the_sum_of_squares():
+    reg = ActivityRegularization.l2_squared(0.1)
+    assert_allclose(reg.penalty(np.array([1.0, 2.0, 3.0])), 1.4)
+
+
+def test_l2_squared_gradient_is_twice_the_activation():
+    _, gradients = applied(ActivityRegularization.l2_squared(0.1), [2.0, 3.0])
+    assert_allclose(gradients, [0.4, 0.6])
+
+
+def test_l2_of_the_zero_vector_has_no_gradient():
+    penalty, gradients = applied(ActivityRegularization.l2(0.1), [0.0, 0.0, 0.0])
+    assert penalty == 0.0
+    assert_array_equal(gradients, [0.0, 0.0, 0.0])
+
+
+def test_two_dimensional_activations():
+    penalty, gradients = applied(ActivityRegularization.l1(0.1), [[1.0, -2.0], [3.0, -4.0]])
+    assert_allclose(penalty, 1.0)
+    assert_array_equal(gradients, [[0.1, -0.1], [0.1, -0.1]])
+
+
+@pytest.mark.parametrize("norm", ActivityNorm)
+def test_penalty_and_apply_agree(norm):
+    reg = ActivityRegularization(0.1, norm)
+    penalty, _ = applied(reg, [1.0, -2.0, 3.0])
+    assert penalty == reg.penalty(np.array([1.0, -2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    "lam",
+    [1, 0, 0.5, np.float32(0.5), np.int64(2), np.array(0.25), fractions.Fraction(1, 3), -0.0],
+)
+def test_lam_is_stored_as_a_python_float(lam):
+    reg = ActivityRegularization(lam)
+    assert type(reg.lam) is float
+    assert reg.lam == float(lam)
+    assert str(reg.lam) != "-0.0"
+
+
+@pytest.mark.parametrize("lam", [-1e-300, float("nan"), float("inf"), np.float32(-1), 10**400])
+def test_lam_out_of_range_is_refused(lam):
+    with pytest.raises(ValueError, match=r"lam=.* finite"):
+        ActivityRegularization(lam)
+
+
+@pytest.mark.parametrize("lam", ["0.1", None, 1j, [0.1], np.array([0.1]), True, np.bool_(True)])
+def test_lam_that_is_no_number_is_refused(lam):
+    with pytest.raises(TypeError, match=r"lam=.* pass a real number"):
+        ActivityRegularization(lam)
+
+
+def test_lam_is_assignable_and_checked():
+    reg = ActivityRegularization.l1(0.0)
+    for lam in (0.1, 0.2):
+        reg.lam = lam
+        assert reg.penalty(np.array([1.0, 1.0])) == lam * 2
+    with pytest.raises(ValueError, match="lam=-1"):
+        reg.lam = -1
+    assert reg.lam == 0.2
+
+
+def test_lam_beyond_the_dtype_is_refused_before_a_write():
+    gradients = np.zeros(2, np.float32)
+    with pytest.raises(ValueError, match=r"lam=1e\+300 is too large for float32 activations"):
+        ActivityRegularization.l2_squared(1e300).apply(np.ones(2, np.float32), gradients)
+    assert_array_equal(gradients, 0)
+    assert ActivityRegularization.l1(1e300).penalty(np.ones(2)) == 2e300
+
+
+@pytest.mark.parametrize("norm", ["L1", "l3", None, 1])
+def test_unknown_norm_is_refused(norm):
+    with pytest.raises(ValueError, match=r"norm=.* use one of: 'l1', 'l2', 'l2_squared'"):
+        ActivityRegularization(0.1, norm)
+
+
+def test_epsilon_belongs_to_l2_alone():
+    assert ActivityRegularization.l2(0.1, epsilon=0).epsilon == 0.0
+    with pytest.raises(ValueError, match=r"epsilon=0\.1 has no meaning for norm 'l1'"):
+        ActivityRegularization(0.1, "l1", epsilon=0.1)
+    with pytest.raises(ValueError, match="epsilon=-1"):
+        ActivityRegularization.l2(0.1, epsilon=-1)
+    with pytest.raises(TypeError, match="epsilon='x'"):
+        ActivityRegularization.l2(0.1, epsilon="x")
+
+
+def test_unknown_backend_is_refused_at_once():
+    with pytest.raises(UnknownBackendError, match=r"backend='bogus' .* auto, numba, numpy, cupy"):
+        ActivityRegularization(0.1, backend="bogus")
+
+
+def test_norm_epsilon_and_backend_are_fixed():
+    reg = ActivityRegularization.l2(0.1, epsilon=0.5, backend=" NumPy ")
+    assert (reg.norm, reg.epsilon, reg.backend) == (ActivityNorm.L2, 0.5, "numpy")
+    for name in ("norm", "epsilon", "backend"):
+        with pytest.raises(AttributeError):
+            setattr(reg, name, None)
+
+
+SAMPLES = [
+    ActivityRegularization.l1(0.1),
+    ActivityRegularization.l2(0.1),
+    ActivityRegularization.l2_squared(0.1),
+    ActivityRegularization.l1(0.2),
+    ActivityRegularization.l2(0.1, epsilon=0.0),
+    ActivityRegularization.l1(0.1, backend="numpy"),
+]
+
+
+def test_equality_is_by_value():
+    for i, a in enumerate(SAMPLES):
+        for j, b in enumerate(SAMPLES):
+            assert (a == copy.copy(b)) == (i == j)
+    assert SAMPLES[0] != "l1"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(SAMPLES[0])
+
+
+@pytest.mark.parametrize("reg", SAMPLES, ids=repr)
+def test_repr_pickle_and_copy_round_trip(reg):
+    assert eval(repr(reg)) == reg
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        assert pickle.loads(pickle.dumps(reg, protocol)) == reg
+    for twin in (copy.copy(reg), copy.deepcopy(reg)):
+        assert twin == reg
+        twin.lam = 5.0
+        assert twin != reg
+
+
+def test_repr_says_what_differs_from_the_default():
+    assert repr(SAMPLES[0]) == "ActivityRegularization(0.1, 'l1')"
+    assert repr(SAMPLES[4]) == "ActivityRegularization(0.1, 'l2', epsilon=0.0)"
+    assert repr(SAMPLES[5]) == "ActivityRegularization(0.1, 'l1', backend='numpy')"
