@@ -34,8 +34,6 @@ def collapse(*arrays: Any) -> list[Any]:
 
     axes = [axis for axis in range(lead.ndim) if lead.shape[axis] > 1]
     axes.sort(key=lambda axis: abs(lead.strides[axis]), reverse=True)
-    if not axes:
-        return [array.reshape(-1) for array in arrays]
     kept = axes + [axis for axis in range(lead.ndim) if lead.shape[axis] == 1]
     flips = tuple(slice(None, None, -1 if lead.strides[axis] < 0 else 1) for axis in axes)
     drop = (0,) * (lead.ndim - len(axes))

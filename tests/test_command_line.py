@@ -124,7 +124,9 @@ def test_the_doctor_finds_the_backends_right(capsys):
     told = capsys.readouterr().out
     assert f"actreg_dispatch {__version__}" in told
     assert f"NumPy {np.__version__}" in told
-    assert re.search(r"^numba +usable, agrees with exact .*threading layer \w+, \d+ thr", told, re.M)
+    assert re.search(
+        r"^numba +usable, agrees with exact .*threading layer \w+, \d+ thr", told, re.M
+    )
     assert re.search(r"^numpy +usable, agrees with exact arithmetic$", told, re.MULTILINE)
     assert re.search(r"^cupy +(usable, agrees.*compute capability|unusable: .*pip )", told, re.M)
     assert "ACTREG_BACKEND is not set\n  a numpy.ndarray is computed by numba" in told

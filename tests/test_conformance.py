@@ -190,6 +190,11 @@ def test_a_penalty_too_large_for_float32_is_infinite(backend, norm):
     assert float(backend.regularization(1.0, norm).penalty(activations)) == math.inf
 
 
+def test_a_sum_beyond_float64_is_infinite(backend):
+    activations = backend.array([1.7e308, 1.7e308])
+    assert float(backend.regularization(0.1, "l1").penalty(activations)) == math.inf
+
+
 @norms
 @dtypes
 def test_partial_sums_of_pieces_merge_to_the_whole(backend, norm, dtype):

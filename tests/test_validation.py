@@ -89,11 +89,14 @@ def test_interleaved_views_are_legal():
 
 
 def test_an_overlap_that_is_too_hard_to_decide_is_refused(monkeypatch):
-    monkeypatch.setattr(validation, "_OVERLAP_WORK", 1)
-    room = np.zeros(4000)
-    shape, strides = (3, 4, 5, 6), (7 * 8, 11 * 8, 13 * 8, 17 * 8)
-    pair = (as_strided(room, shape, strides), as_strided(room[1:], shape, strides))
-    refuse(ValueError, "overlap|share memory", *pair)
+    room = np.zeros(200_000)
+    strides = (8 * 1001, 8 * 1013, 8 * 1019)
+    activations = as_strided(room, (50, 60, 70), strides)
+    gradients = as_strided(room[1:], (50, 60, 70), strides)
+    monkeypatch.setattr(validation, "_OVERLAP_WORK", 10)
+    refuse(ValueError, "gradients overlap themselves", activations, gradients)
+    monkeypatch.setattr(validation, "_overlaps_itself", lambda array: False)
+    refuse(ValueError, "gradients share memory with activations", activations, gradients)
 
 
 NOT_ARRAYS = {

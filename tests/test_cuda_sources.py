@@ -1,0 +1,100 @@
+"""The CUDA kernels compile for every architecture in use, on machines without a GPU too.
+
+CuPy generates the source of a kernel only once a device is there. So the code of the kernels is
+framed here as CuPy would, with CuPy's own headers, and given to NVRTC.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+cupy = pytest.importorskip("cupy", reason="CuPy is not installed", exc_type=ImportError)
+pathfinder = pytest.importorskip("cuda.pathfinder", reason="this CuPy is older than 14")
+
+from cupy.cuda import nvrtc  # noqa: E402
+
+from actreg_dispatch.backends import cupy_cuda  # noqa: E402
+
+CUDA_HEADERS = pathfinder.find_nvidia_header_directory("cudart")
+
+pytestmark = pytest.mark.skipif(
+    CUDA_HEADERS is None, reason="no CUDA headers: python -m pip install 'cupy-cuda13x[ctk]'"
+)
+
+KERNELS = [
+    value
+    for value in vars(cupy_cuda).values()
+    if isinstance(value, (cupy.ElementwiseKernel, cupy.ReductionKernel))
+]
+
+
+def declared(parameter, strided):
+    """Return the C++ declaration of a kernel's parameter; arrays have two dimensions."""
+    const = "const " if parameter.is_const else ""
+    if parameter.name in {"lam", "count", "epsilon"}:
+        return f"{const}{parameter.ctype} {parameter.name}"
+    prefix = "" if parameter.raw else "_raw_"
+    return f"{const}CArray<{parameter.ctype}, 2, {int(not strided)}, 1> {prefix}{parameter.name}"
+
+
+def loaded(parameter, index):
+    """Return the C++ statement that names an element of a parameter that is not raw."""
+    if parameter.raw or parameter.name in {"lam", "count", "epsilon"}:
+        return ""
+    const = "const " if parameter.is_const else ""
+    return f"{const}{parameter.ctype}& {parameter.name} = _raw_{parameter.name}[{index}];"
+
+
+def framed(kernel, dtype, strided):
+    """Return a kernel function with the code of ``kernel``."""
+    parameters = kernel.in_params + kernel.out_params
+    arguments = ", ".join(declared(parameter, strided) for parameter in parameters)
+    views = " ".join(loaded(parameter, "i") for parameter in parameters)
+    if isinstance(kernel, cupy.ElementwiseKernel):
+        body = f"""
+            {kernel.kwargs.get("loop_prep", "")};
+            CUPY_FOR(i, _ind.size()) {{ _ind.set(i); {views} {kernel.operation}; }}"""
+    else:
+        body = f"""
+            const ptrdiff_t i = threadIdx.x; {views}
+            {kernel.reduce_type} a = {kernel.identity}, b = {kernel.map_expr};
+            a = ({kernel.reduce_expr});
+            ({kernel.post_map_expr});"""
+    name = f"{kernel.name}_{dtype}_{'strided' if strided else 'dense'}"
+    return f"__global__ void {name}({arguments}, CIndexer<2, 1> _ind) {{ {body} }}\n"
+
+
+def compiled(source, architecture):
+    """Return the PTX of ``source``, or fail with NVRTC's log."""
+    include = Path(cupy.__file__).parent / "_core" / "include"
+    bundled = [include / "cupy" / "_cccl" / part for part in ("cub", "thrust", "libcudacxx")]
+    folders = [*bundled, include, CUDA_HEADERS]
+    options = [f"-I{folder}" for folder in folders]
+    options += ["--std=c++17", f"-arch=compute_{architecture}", "-default-device"]
+    program = nvrtc.createProgram(source, "kernels.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (*options, *cupy_cuda._OPTIONS))
+    except Exception:
+        pytest.fail(nvrtc.getProgramLog(program))
+    return nvrtc.getPTX(program).decode()
+
+
+def test_all_kernels_are_found():
+    assert len(KERNELS) == 7
+    assert all(kernel.preamble == cupy_cuda.PREAMBLE for kernel in KERNELS)
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 90, 120])
+@pytest.mark.parametrize("dtype", ["float", "double"])
+def test_every_kernel_compiles(dtype, architecture):
+    source = "#include <cupy/complex.cuh>\n#include <cupy/carray.cuh>\n"
+    source += f"typedef {dtype} T;\n{cupy_cuda.PREAMBLE}\n"
+    for kernel in KERNELS:
+        source += framed(kernel, dtype, strided=False) + framed(kernel, dtype, strided=True)
+    ptx = compiled(source, architecture)
+    assert f".target sm_{architecture}" in ptx
+    assert ptx.count(".entry") == 2 * len(KERNELS)
+    fused = [line for line in ptx.splitlines() if "fma.rn.f32" in line]
+    assert not fused  # the one fused operation is the exact error of a binary64 square
