@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from actreg_dispatch import BackendError, __version__, get_backend
-from actreg_dispatch.registry import AUTO, check_name, requested
+from actreg_dispatch import BackendError, __version__
+from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # λ on a terminal that cannot show it
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -64,21 +69,26 @@ def _natural(text: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    if options.backend is not None:
-        options.backend = check_name(options.backend, f"--backend {options.backend}")
-    for name in {options.backend or requested()[0]} - {AUTO}:
-        get_backend(name)  # an unusable one is told before the work
+    if options.backend is None:
+        name, source = requested()
+    else:
+        source = f"--backend {options.backend}"
+        name = options.backend = check_name(options.backend, source)
+    if name != AUTO:
+        usable(name, source)  # or it is told before the work
     out = options.out or _free_name("actreg-demo", ".png")
-    if out.exists() and not options.overwrite:
-        return _fail(f"--out {out} exists; name another file, or add --overwrite")
-    if not out.parent.is_dir():
-        return _fail(f"--out {out}: there is no folder {out.parent}; create it first")
+    if out.suffix.lower() != ".png":
+        return _fail(f"--out {out} is no PNG; let the name end in .png")
+    if out.is_dir() or (out.exists() and not options.overwrite):
+        return _fail(f"--out {out} exists; name another file, or add --overwrite to replace a file")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        return _fail(f"--out {out} cannot be written: {out.parent} is no folder to write to")
     try:
         from actreg_dispatch import demo
     except ImportError as error:
         return _fail(
             f"the demo needs {error.name}; install what it needs with: "
-            f'python -m pip install "actreg-dispatch[demo]"'
+            f"python -m pip install matplotlib rich scikit-learn"
         )
     demo.main(demo.Settings(epochs=options.epochs, seed=options.seed, backend=options.backend), out)
     return 0

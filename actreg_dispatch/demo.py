@@ -205,7 +205,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
             trade_off.annotate(
                 f"{outcome.regularization.lam:g}",
                 point,
-                xytext=(4, 4),
+                xytext=(4, 4) if norm is ActivityNorm.L2_SQUARED else (-4, -10),
                 textcoords="offset points",
                 fontsize=7,
             )

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import COMPUTE_DTYPES
+from actreg_dispatch.rounding import compute_dtype
 
-__all__ = ["exact_result", "exact_sum"]
+__all__ = ["binary64", "exact_result", "exact_sum", "root_of", "rounded"]
 
 
 def exact_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Fraction:
@@ -34,24 +34,56 @@ def exact_result(
 ) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
     """Return the penalty of finite ``activations`` and what becomes of ``gradients``.
 
-    The exact sum is rounded to binary64 once; the operations on it are binary64's, and the
+    The exact sum is rounded to 53 bits once; the operations on it are binary64's, and the
     gradient's those of the compute dtype, one scalar at a time.
     """
-    compute = COMPUTE_DTYPES[activations.dtype]
+    compute = compute_dtype(activations.dtype)
+    assert compute is not None
     real = compute.type
-    strength, total = real(lam), float(exact_sum(activations, norm))
-    limit = float(np.finfo(compute).eps) if epsilon is None else epsilon
-    size = math.sqrt(total) if norm is ActivityNorm.L2 else total
+    strength, total = real(lam), rounded(exact_sum(activations, norm), 53)
+    limit = Fraction(float(np.finfo(compute).eps) if epsilon is None else epsilon)
+    root = binary64(root_of(total)) if norm is ActivityNorm.L2 else 0.0
+    size = float(strength) * root
+    if norm is not ActivityNorm.L2:
+        size = binary64(Fraction(float(strength)) * total)
 
     def gradient(x: Any) -> Any:
         if norm is ActivityNorm.L1:
             return strength if x > 0 else -strength if x < 0 else real(0.0)
         if norm is ActivityNorm.L2_SQUARED:
             return (strength * real(2.0)) * x
-        return (strength * x) / real(size)
+        return (strength * x) / real(root)
 
-    updated = gradients.astype(compute)
-    if norm is not ActivityNorm.L2 or total > limit:
-        for index, x in np.ndenumerate(activations):
-            updated[index] += gradient(real(x))
-    return real(float(strength) * size), updated
+    updated = gradients.copy()
+    with np.errstate(all="ignore"):
+        if norm is not ActivityNorm.L2 or total > limit:
+            for index, x in np.ndenumerate(activations):
+                updated[index] = real(updated[index]) + gradient(real(x))
+        return real(size), updated
+
+
+def rounded(value: Fraction, bits: int) -> Fraction:
+    """Round ``value`` >= 0 to ``bits`` significant bits, to nearest-even, exponent unbounded."""
+    if not value:
+        return value
+    exponent = value.numerator.bit_length() - value.denominator.bit_length() - bits
+    while value >= Fraction(2) ** (exponent + bits):
+        exponent += 1
+    unit = Fraction(2) ** exponent
+    return round(value / unit) * unit  # Python rounds halves to even
+
+
+def root_of(value: Fraction) -> Fraction:
+    """Return √value, exact or between two numbers of 200 bits, closer than any rounding needs."""
+    scale = 4 ** max(0, 300 - value.numerator.bit_length() + value.denominator.bit_length())
+    floor = math.isqrt(value.numerator * scale // value.denominator)
+    exact = floor * floor * value.denominator == value.numerator * scale
+    return Fraction(2 * floor + (not exact), 2 * math.isqrt(scale))
+
+
+def binary64(value: Fraction) -> float:
+    """Round to binary64, to nearest-even; too large becomes infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

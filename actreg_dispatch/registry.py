@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +26,10 @@ from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import DoubleDouble
 
 __all__ = [
+    "AUTO",
+    "CUPY",
     "ENVIRONMENT_VARIABLE",
+    "NUMPY",
     "Backend",
     "array_type_of",
     "available_backends",
@@ -36,12 +39,16 @@ __all__ = [
     "get_backend",
     "register_backend",
     "requested",
+    "usable",
     "use_backend",
     "why_unavailable",
 ]
 
 ENVIRONMENT_VARIABLE = "ACTREG_BACKEND"
 AUTO = "auto"
+NUMPY = "numpy.ndarray"
+CUPY = "cupy.ndarray"
+REFERENCE = "numpy"  # the backend that takes any byte order and alignment
 
 logger = logging.getLogger("actreg_dispatch")
 
@@ -60,7 +67,7 @@ class Backend(Protocol):
         """The name that the backend is registered under."""
 
     @property
-    def dtypes(self) -> frozenset[np.dtype[Any]]:
+    def dtypes(self) -> Container[np.dtype[Any]]:
         """The dtypes, byte order included, that the backend takes natively."""
 
     @property
@@ -129,14 +136,18 @@ def register_backend(
     Raises
     ------
     ValueError
-        If ``name`` is empty, ``"auto"``, not lower case, padded with space, or taken.
+        If ``name`` is empty, ``"auto"``, not lower case, padded with space, or taken, or
+        ``array_type`` is not a dotted name.
     """
-    if not name or name != name.strip().lower() or name == AUTO:
+    if not isinstance(name, str) or name in ("", AUTO) or name != name.strip().lower():
         raise ValueError(f"name={name!r} cannot name a backend: use a lower-case word, not 'auto'")
+    if "." not in array_type:
+        raise ValueError(f"array_type={array_type!r} is no dotted name: write it like {NUMPY!r}")
     with _LOCK:
         if name in _ENTRIES:
             raise ValueError(f"name={name!r} is taken: choose another name for this backend")
         _ENTRIES[name] = _Entry(load, array_type, install)
+        _ARRAY_TYPES.clear()
 
 
 def backend_names() -> tuple[str, ...]:
@@ -157,10 +168,12 @@ def why_unavailable(name: str) -> str:
 def _load(entry: _Entry) -> str:
     try:
         entry.backend = entry.load()
-        reason = "" if entry.backend.is_available() else entry.backend.unavailable_because
+        if entry.backend.is_available():
+            return ""
+        reason = entry.backend.unavailable_because
     except Exception as error:  # a broken installation must not break the other backends
         reason = f"{type(error).__name__}: {error}"
-    return f"{reason}. {entry.install}".strip() if reason else ""
+    return f"{reason}. {entry.install}".strip()
 
 
 def _known() -> str:
@@ -192,14 +205,23 @@ def get_backend(name: str) -> Backend:
     spelled = check_name(name, source)
     if spelled == AUTO:
         raise UnknownBackendError(f"{source} is no single backend; use one of: {_known()}")
-    return _usable(spelled, source)
+    return usable(spelled, source)
 
 
-def _usable(name: str, source: str) -> Backend:
+def usable(name: str, source: str) -> Backend:
+    """Return the backend ``name``, or raise an error that begins with ``source``.
+
+    Raises
+    ------
+    UnknownBackendError, BackendUnavailableError
+        If there is none of that name, or it cannot run here.
+    """
+    if name not in _ENTRIES:  # a pickled choice may be older than this process
+        raise UnknownBackendError(f"{source} names no backend; use one of: {_known()}")
     reason = why_unavailable(name)
     backend = _ENTRIES[name].backend
     if reason or backend is None:
-        raise BackendUnavailableError(f"{source}: the backend cannot run here: {reason}")
+        raise BackendUnavailableError(f"{source}: backend {name!r} cannot run here: {reason}")
     return backend
 
 
@@ -213,9 +235,8 @@ def check_name(name: Any, source: str) -> str:
     return spelled
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose a backend for every call inside a ``with`` block, or inside a decorated function.
+def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose a backend for every call inside a ``with`` block.
 
     Holds in the current thread and the asyncio tasks started in the block, and gives way only to
     the ``backend=`` argument of :class:`ActivityRegularization`. Blocks nest; ``"auto"`` means by
@@ -239,7 +260,12 @@ def use_backend(name: str) -> Iterator[None]:
     ...     float(ActivityRegularization.l1(0.5).penalty(np.array([1.0, -3.0])))
     2.0
     """
-    token = _OVERRIDE.set(check_name(name, f"use_backend({name!r})"))
+    return _overriding(check_name(name, f"use_backend({name!r})"))
+
+
+@contextlib.contextmanager
+def _overriding(name: str) -> Iterator[None]:
+    token = _OVERRIDE.set(name)
     try:
         yield
     finally:
@@ -283,7 +309,7 @@ def requested(explicit: str | None = None) -> tuple[str, str]:
         return override, f"use_backend({override!r})"
     value = _environment()
     if value is None:
-        return AUTO, "array type"
+        return AUTO, "the array type"
     source = f"the environment variable {ENVIRONMENT_VARIABLE}={value!r}"
     return check_name(value, source), source
 
@@ -292,16 +318,19 @@ def array_type_of(cls: type) -> str | None:
     """Return the dotted name of the registered array type that ``cls`` belongs to, or None."""
     known = _ARRAY_TYPES.get(cls)
     if known is None:
-        for array_type in {entry.array_type: None for entry in _ENTRIES.values()}:
+        nearest: type = object
+        for array_type in {entry.array_type for entry in _ENTRIES.values()}:
             module, _, attribute = array_type.rpartition(".")
             base = getattr(sys.modules.get(module), attribute, None)
-            if isinstance(base, type) and issubclass(cls, base):
+            if isinstance(base, type) and issubclass(cls, base) and issubclass(base, nearest):
+                nearest = base
                 known = _ARRAY_TYPES[cls] = array_type
-                break
     return known
 
 
-def choose(array_type: str, dtype: np.dtype[Any], explicit: str | None) -> tuple[Backend, str]:
+def choose(
+    array_type: str, dtype: np.dtype[Any], explicit: str | None, *, aligned: bool = True
+) -> tuple[Backend, str]:
     """Return the backend that serves arrays of this type and dtype, and the array type it takes.
 
     Parameters
@@ -312,6 +341,8 @@ def choose(array_type: str, dtype: np.dtype[Any], explicit: str | None) -> tuple
         Their dtype, byte order included.
     explicit : str or None
         The checked ``backend=`` argument; None when there is none.
+    aligned : bool
+        Whether their elements lie at multiples of their size.
 
     Returns
     -------
@@ -323,15 +354,21 @@ def choose(array_type: str, dtype: np.dtype[Any], explicit: str | None) -> tuple
     ------
     UnknownBackendError, BackendUnavailableError
         If what is asked for does not exist or cannot run here.
+    TypeError
+        If the backend does not take the dtype.
     """
     name, source = requested(explicit)
     if name == AUTO:
         name = _by_array_type(array_type, dtype)
-    backend, target = _usable(name, source), _ENTRIES[name].array_type
-    if target == array_type and dtype not in backend.dtypes:
-        # Byte orders that a compiled kernel does not take are the reference backend's.
-        name = _by_array_type(array_type, dtype)
-        backend = _usable(name, source)
+    backend, target = usable(name, source), _ENTRIES[name].array_type
+    if dtype.newbyteorder("=") not in backend.dtypes and dtype not in backend.dtypes:
+        raise TypeError(
+            f"{source}: backend {name!r} does not take {dtype} activations; "
+            f"convert them, or choose another backend"
+        )
+    if array_type == target == NUMPY and not (aligned and dtype in backend.dtypes):
+        # What compiled kernels do not take is left to the reference. A move makes it native.
+        name, backend = REFERENCE, usable(REFERENCE, source)
     if logger.isEnabledFor(logging.DEBUG):
         moves = "" if target == array_type else f", moved from {array_type} to {target}"
         logger.debug("backend %s for %s %s by %s%s", name, array_type, dtype, source, moves)
@@ -342,10 +379,9 @@ def _by_array_type(array_type: str, dtype: np.dtype[Any]) -> str:
     """Return the first usable backend for the arrays, or the first one, to be complained about."""
     names = [name for name, entry in _ENTRIES.items() if entry.array_type == array_type]
     for name in names:
-        if not why_unavailable(name):
-            backend = _ENTRIES[name].backend
-            if backend is not None and dtype in backend.dtypes:
-                return name
+        backend = None if why_unavailable(name) else _ENTRIES[name].backend
+        if backend is not None and dtype in backend.dtypes:
+            return name
     return names[0]
 
 
@@ -361,16 +397,16 @@ def _module(name: str) -> Callable[[], Backend]:
 register_backend(
     "numba",
     _module("numba_cpu"),
-    array_type="numpy.ndarray",
+    array_type=NUMPY,
     install="Install it with: python -m pip install numba",
 )
-register_backend("numpy", _module("reference"), array_type="numpy.ndarray")
+register_backend(REFERENCE, _module("reference"), array_type=NUMPY)
 register_backend(
     "cupy",
     _module("cupy_cuda"),
-    array_type="cupy.ndarray",
+    array_type=CUPY,
     install=(
-        "Install CuPy for your CUDA version with: python -m pip install"
-        ' "actreg-dispatch[cuda13]" (or [cuda12]), on a machine with an NVIDIA GPU and driver'
+        "On a machine with an NVIDIA GPU and driver, install CuPy for its CUDA version with:"
+        " python -m pip install cupy-cuda13x (or cupy-cuda12x)"
     ),
 )

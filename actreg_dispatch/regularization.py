@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.registry import check_name, choose
+from actreg_dispatch.registry import NUMPY, Backend, check_name, choose
 from actreg_dispatch.rounding import COMPUTE_DTYPES, round_to
 from actreg_dispatch.transfer import move, write_back
 from actreg_dispatch.validation import check_activations, check_gradients, check_number
@@ -54,9 +54,12 @@ class ActivityRegularization:
 
     Notes
     -----
-    Activations may be NumPy or CuPy arrays of float32 or float64, of any shape and strides. The
-    compute dtype T is that dtype; λ is rounded to T once, sums are carried in twice the precision
-    of binary64, and the penalty is rounded to T once. NaN and infinity propagate.
+    Activations may be NumPy arrays of float16, bfloat16 (``ml_dtypes``), float32 or float64, or
+    CuPy arrays of float32 or float64, of any shape and strides. The compute dtype T is float64 for
+    float64 and float32 for the others. λ is rounded to T once. The sum is as if it were exact,
+    rounded to 53 bits; the penalty follows from it in binary64 and is rounded to T once. The
+    gradient is computed in T, added in T, and rounded to the dtype of the gradients once. So every
+    bit is the same for any order of summation. NaN and infinity propagate.
 
     The three norms, the constructors, :meth:`apply` and :meth:`penalty` are those of
     ``ActivityRegularization`` in the Rust crate scirs2 (``regularizers/activity.rs``).
@@ -148,12 +151,12 @@ class ActivityRegularization:
         Parameters
         ----------
         activations : numpy.ndarray or cupy.ndarray
-            float32 or float64, of any shape and strides; may be empty.
+            Of a supported dtype (see the class), any shape and strides; may be empty.
 
         Returns
         -------
         numpy.floating or cupy.ndarray
-            In the dtype of ``activations``: a NumPy scalar for a NumPy array, a 0-d array on the
+            In the compute dtype T: a NumPy scalar for a NumPy array, a 0-d array on the
             same device, without waiting for it, for a CuPy array. 0 for an empty array.
 
         Raises
@@ -173,7 +176,9 @@ class ActivityRegularization:
         """
         kind = check_activations(activations)
         lam, _ = self._constants(activations.dtype)
-        backend, target = choose(kind, activations.dtype, self._backend)
+        if kind == NUMPY:
+            activations = np.asarray(activations)  # a subclass may redefine arithmetic
+        backend, target = self._choose(kind, activations)
         if target == kind:
             return backend.penalty(activations, self._norm, lam)
         result = backend.penalty(move(activations, kind, target), self._norm, lam)
@@ -189,7 +194,7 @@ class ActivityRegularization:
         Parameters
         ----------
         activations : numpy.ndarray or cupy.ndarray
-            float32 or float64, of any shape and strides; may be empty. Only read.
+            Of a supported dtype (see the class), any shape and strides; may be empty. Only read.
         gradients : numpy.ndarray or cupy.ndarray
             Of the same library, shape and dtype, writable, sharing no memory with
             ``activations``. Updated in place, where it is, whatever its strides.
@@ -225,7 +230,9 @@ class ActivityRegularization:
         kind = check_activations(activations)
         check_gradients(activations, gradients)
         lam, epsilon = self._constants(activations.dtype)
-        backend, target = choose(kind, activations.dtype, self._backend)
+        if kind == NUMPY:
+            activations, gradients = np.asarray(activations), np.asarray(gradients)
+        backend, target = self._choose(kind, activations, gradients)
         if target == kind:
             return backend.apply(activations, gradients, self._norm, lam, epsilon)
         moved = move(gradients, kind, target)
@@ -233,11 +240,16 @@ class ActivityRegularization:
         write_back(moved, target, gradients, kind)
         return _returned(result, target, activations, kind)
 
+    def _choose(self, kind: str, *arrays: Any) -> tuple[Backend, str]:
+        aligned = kind != NUMPY or all(array.flags.aligned for array in arrays)
+        return choose(kind, arrays[0].dtype, self._backend, aligned=aligned)
+
     def _constants(self, dtype: np.dtype[Any]) -> tuple[float, float]:
         """Return λ rounded to the compute dtype, and ``epsilon`` with its default filled in."""
         compute = COMPUTE_DTYPES[dtype]
         lam = float(round_to(compute, self._lam))
-        if lam == float("inf"):
+        doubled = self._norm is ActivityNorm.L2_SQUARED
+        if lam > float(np.finfo(compute).max) / (2 if doubled else 1):
             raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
         epsilon = self._epsilon
         return lam, float(np.finfo(compute).eps) if epsilon is None else epsilon
@@ -261,7 +273,7 @@ class ActivityRegularization:
 
 def _returned(result: Any, source: str, activations: Any, target: str) -> Any:
     """Return a penalty that was computed elsewhere as the caller's own kind of scalar."""
-    if target == "numpy.ndarray":
+    if target == NUMPY:
         return move(result, source, target)[()]
     with activations.device:
         return move(np.asarray(result), source, target)

@@ -1,18 +1,17 @@
 """Moving data between array libraries, which happens only on an explicit choice of a backend.
 
-Every move goes through the host. A library is known here by the dotted name of its array type.
+A library is known here by the dotted name of its array type.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import numpy as np
 
-__all__ = ["move", "write_back"]
+from actreg_dispatch.registry import CUPY, NUMPY
 
-HOST = "numpy.ndarray"
+__all__ = ["move", "write_back"]
 
 
 def move(array: Any, source: str, target: str) -> Any:
@@ -20,27 +19,28 @@ def move(array: Any, source: str, target: str) -> Any:
 
     The result is a contiguous copy in native byte order; on a device it lies on the current one.
     Waits for the device when data leaves it.
+
+    Raises
+    ------
+    TypeError
+        If the two are not NumPy's and CuPy's array types.
     """
-    host = array if source == HOST else _library(source).asnumpy(array)
-    host = np.ascontiguousarray(host, dtype=host.dtype.newbyteorder("=")).reshape(host.shape)
-    return host if target == HOST else _library(target).asarray(host)
+    if {source, target} != {NUMPY, CUPY}:
+        raise TypeError(
+            f"activations of type {source} cannot be moved to a backend for {target}; "
+            f"choose a backend that takes them, or convert them yourself"
+        )
+    import cupy  # the backend or the array is CuPy's, so it is loaded already
+
+    if target == NUMPY:
+        return cupy.asnumpy(array)
+    return cupy.asarray(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
 
 
 def write_back(values: Any, source: str, destination: Any, target: str) -> None:
     """Overwrite ``destination``, of type ``target``, with ``values``, of type ``source``."""
-    if target == HOST:
+    if target == NUMPY:
         destination[...] = move(values, source, target)
     else:
         with destination.device:
             destination[...] = move(values, source, target)
-
-
-def _library(array_type: str) -> Any:
-    name = array_type.rpartition(".")[0]
-    module = importlib.import_module(name)
-    if not (hasattr(module, "asnumpy") and hasattr(module, "asarray")):
-        raise TypeError(
-            f"arrays of type {array_type} cannot be moved to or from another library; "
-            f"choose a backend that takes them, or convert them to NumPy or CuPy arrays"
-        )
-    return module

@@ -7,6 +7,7 @@ same for an array on a device as for one on the host and wait for nothing.
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import array_type_of
-from actreg_dispatch.rounding import COMPUTE_DTYPES
+from actreg_dispatch.rounding import compute_dtype
 
 __all__ = ["check_activations", "check_gradients", "check_number"]
 
@@ -33,14 +34,12 @@ def check_number(name: str, value: Any) -> float:
         If it is negative, infinite or NaN.
     """
     advice = f"pass a real number >= 0 and finite for {name}"
-    if isinstance(value, np.ndarray) and value.ndim == 0:
+    if type(value) is np.ndarray and value.ndim == 0:
         value = value[()]
-    if isinstance(value, (bool, np.bool_, str, bytes, np.ndarray)):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}")
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}") from None
     except OverflowError:
         number = math.inf
     if not (number >= 0.0 and math.isfinite(number)):
@@ -52,18 +51,16 @@ def _check_array(name: str, array: Any) -> str:
     cls = type(array)
     masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
     if masked is not None and issubclass(cls, masked):
-        raise TypeError(
-            f"{name} is a masked array; fill it (array.filled(0)) or pass its plain data"
-        )
+        raise TypeError(f"{name} are a masked array; pass {name}.filled(0), or their plain data")
     array_type = array_type_of(cls)
     if array_type is None:
         raise TypeError(
-            f"{name} must be a NumPy or CuPy array, not {cls.__module__}.{cls.__qualname__}; "
+            f"{name} must be a NumPy or CuPy array, not a {cls.__module__}.{cls.__qualname__}; "
             f"convert it, for example with numpy.asarray"
         )
-    if array.dtype not in COMPUTE_DTYPES:
+    if compute_dtype(array.dtype) is None:
         raise TypeError(
-            f"{name} has dtype {array.dtype}; convert it to float32 or float64, "
+            f"{name} have dtype {array.dtype}; convert them to float32 or float64, "
             f"for example with {name}.astype(numpy.float32)"
         )
     return array_type
@@ -138,7 +135,7 @@ def _described(array: Any) -> np.ndarray[Any, Any]:
 
     Overlap is arithmetic on addresses, which NumPy's functions do without touching the memory.
     """
-    return array if isinstance(array, np.ndarray) else np.asarray(_Interface(array))
+    return np.asarray(array if isinstance(array, np.ndarray) else _Interface(array))
 
 
 def _share_memory(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:

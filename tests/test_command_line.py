@@ -76,6 +76,10 @@ def test_the_demo_overwrites_only_when_told(tmp_path, monkeypatch, capsys):
     assert main(["demo", "--epochs", "1", "--out", str(out)]) == 2
     assert out.read_text() == "keep me"
     assert "exists; name another file, or add --overwrite" in capsys.readouterr().err
+    assert main(["demo", "--epochs", "1", "--out", str(tmp_path / "mine")]) == 2
+    assert "let the name end in .png" in capsys.readouterr().err
+    (tmp_path / "folder.png").mkdir()
+    assert main(["demo", "--out", str(tmp_path / "folder.png"), "--overwrite"]) == 2
     monkeypatch.chdir(tmp_path)
     (tmp_path / "actreg-demo.png").write_text("keep me too")
     assert main(["demo", "--epochs", "1"]) == 0
@@ -87,7 +91,7 @@ def test_the_demo_overwrites_only_when_told(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_needs_a_folder_to_write_to(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "none" / "x.png")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "is no folder to write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--backend", "bogus"], []])
@@ -113,7 +117,7 @@ def test_without_its_extra_the_demo_says_what_to_install(monkeypatch, capsys):
     assert main(["demo"]) == 2
     told = capsys.readouterr().err
     assert "the demo needs rich" in told
-    assert 'pip install "actreg-dispatch[demo]"' in told
+    assert "python -m pip install matplotlib rich scikit-learn" in told
 
 
 # The doctor.
@@ -151,7 +155,7 @@ def test_the_doctor_fails_where_the_variable_leads_nowhere(monkeypatch, register
     assert main(["doctor"]) == 1
     told = capsys.readouterr().out
     assert "broken unusable: ZeroDivisionError: division by zero. Mend it" in told
-    assert "ACTREG_BACKEND='broken': the backend cannot run here" in told
+    assert "ACTREG_BACKEND='broken': backend 'broken' cannot run here" in told
 
 
 @pytest.mark.parametrize("wrong", ["penalty", "gradient", "raises"])
@@ -174,6 +178,18 @@ def test_the_doctor_fails_a_wrong_backend(registered, monkeypatch, capsys, wrong
 
 
 # Both.
+
+
+def test_it_speaks_to_a_terminal_without_greek(python):
+    told = python("-m", "actreg_dispatch", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert re.search(r"show what \?\s+does", told.stdout)
+
+
+def test_the_doctor_works_where_nothing_is_compiled(python):
+    code = "from actreg_dispatch import doctor; doctor._SIZES = (7,); doctor.examine()"
+    told = python("-c", code, NUMBA_DISABLE_JIT="1").stdout
+    assert re.search(r"^numba +unusable: NUMBA_DISABLE_JIT is set", told, re.MULTILINE)
+    assert "a numpy.ndarray is computed by numpy" in told
 
 
 def test_it_runs_as_a_module(python):

@@ -108,9 +108,9 @@ def test_the_context_ends_with_its_block_even_after_an_error(served_by):
     assert served_by() == "numba"
 
 
-def test_the_context_decorates_a_function(served_by):
-    assert use_backend("numpy")(served_by)() == "numpy"
-    assert served_by() == "numba"
+def test_a_wrong_name_is_told_before_the_block():
+    with pytest.raises(UnknownBackendError, match="use_backend"):
+        use_backend("bogus")
 
 
 def test_the_context_belongs_to_its_thread_and_task(served_by):
@@ -174,10 +174,45 @@ def test_the_dependencies_are_available():
     assert {"numpy", "numba"} <= set(available_backends())
 
 
-@pytest.mark.parametrize("name", ["", "auto", "Toy", " toy", "numpy"])
+@pytest.mark.parametrize("name", ["", "auto", "Toy", " toy", "numpy", 3])
 def test_a_bad_or_taken_name_cannot_be_registered(registered, name):
     with pytest.raises(ValueError, match=f"name={name!r}"):
         register_backend(name, Toy, array_type="toylib.Array")
+
+
+def test_an_array_type_is_a_dotted_name(registered):
+    with pytest.raises(ValueError, match="array_type='Array' is no dotted name"):
+        register_backend("toy", Toy, array_type="Array")
+
+
+def test_a_choice_that_is_gone_is_told_at_the_call(registered):
+    register_backend("toy", Toy, array_type="toylib.Array")
+    reg = ActivityRegularization(0.5, backend="toy")
+    del registry._ENTRIES["toy"]
+    with pytest.raises(UnknownBackendError, match=r"backend='toy' names no backend; use one of"):
+        reg.penalty(np.ones(3))
+
+
+def test_an_explicit_choice_is_not_replaced_by_another(registered):
+    narrow = types.SimpleNamespace(**vars(reference) | {"dtypes": {np.dtype(np.float32)}})
+    register_backend("narrow", lambda: narrow, array_type="numpy.ndarray")
+    reg = ActivityRegularization(0.5, backend="narrow")
+    assert reg.penalty(np.ones(3, np.float32)) == 1.5
+    with pytest.raises(TypeError, match=r"backend 'narrow' does not take float64.*another backend"):
+        reg.penalty(np.ones(3))
+
+
+def test_the_nearest_base_class_decides(registered, monkeypatch, served_by):
+    class Special(np.ndarray):
+        pass
+
+    monkeypatch.setitem(sys.modules, "speciallib", types.SimpleNamespace(Array=Special))
+    special = np.ones(3).view(Special)
+    assert served_by(special) == "numba"
+    module = types.SimpleNamespace(**vars(reference) | {"name": "special"})
+    register_backend("special", lambda: module, array_type="speciallib.Array")
+    assert served_by(special) == "special"
+    assert served_by() == "numba"
 
 
 def test_a_registered_backend_serves_its_array_type(toy, served_by):
@@ -213,9 +248,9 @@ def test_mixed_arguments_are_refused(toy):
 
 def test_an_unavailable_backend_says_why_and_what_to_do(toy, monkeypatch):
     monkeypatch.setattr(Toy, "unavailable_because", "No toys here")
-    expected = r"the backend cannot run here: No toys here\. Build one"
+    expected = r"backend 'toy' cannot run here: No toys here\. Build one"
     assert "toy" not in available_backends()
-    with pytest.raises(BackendUnavailableError, match=f"array type: {expected}"):
+    with pytest.raises(BackendUnavailableError, match=f"the array type: {expected}"):
         ActivityRegularization(0.5).penalty(ToyArray(1.0))
     with pytest.raises(BackendUnavailableError, match=f"name='toy': {expected}"):
         get_backend("toy")
@@ -284,7 +319,7 @@ except RuntimeError as error:
 """
     told = python("-c", code, ACTREG_BACKEND="cupy").stdout
     assert told.startswith("BackendUnavailableError the environment variable ACTREG_BACKEND='cupy'")
-    assert 'pip install "actreg-dispatch[cuda13]"' in told
+    assert "python -m pip install cupy-cuda13x" in told
 
 
 def test_importing_the_package_imports_no_array_library(python):

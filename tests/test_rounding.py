@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from actreg_dispatch import ActivityNorm, DoubleDouble
 from actreg_dispatch.exact import exact_result, exact_sum
-from actreg_dispatch.rounding import merge_pairs, penalty_of, round_to, two_product, two_sum
+from actreg_dispatch.rounding import merge_pairs, outcome_of, round_to, two_product, two_sum
 
 numbers = st.floats(-(2.0**100), 2.0**100, allow_subnormal=False).filter(
     lambda v: v == 0 or abs(v) > 2.0**-100
@@ -64,8 +64,10 @@ def test_rounding_to_float32_is_to_nearest_even_and_silent():
 def test_the_penalty_is_rounded_once():
     dtype = np.dtype(np.float32)
     total = 1 + 2.0**-24 + 2.0**-50  # just above a tie: rounding in two steps would go down
-    assert penalty_of(ActivityNorm.L1, total, 1.0, dtype) == np.float32(1 + 2.0**-23)
-    assert penalty_of(ActivityNorm.L2, 2.0, 0.1, np.dtype(np.float64)) == 0.1 * math.sqrt(2.0)
+    found = outcome_of(total, ActivityNorm.L1, 1.0, dtype, 0.0)
+    assert found == (1 + 2.0**-23, 0.0, True)
+    found = outcome_of(2.0, ActivityNorm.L2, 0.1, np.dtype(np.float64), 2.0)
+    assert found == (0.1 * math.sqrt(2.0), float(np.sqrt(2.0)), False)
 
 
 @pytest.mark.parametrize(

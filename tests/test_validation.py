@@ -27,8 +27,7 @@ def test_shapes_must_be_equal(norm, shape):
     refuse(ValueError, match, np.ones(3), np.ones(shape), norm)
 
 
-@norms
-def test_gradients_must_be_writable(norm):
+def test_gradients_must_be_writable():
     gradients = np.ones(3)
     gradients.flags.writeable = False
     refuse(ValueError, r"gradients are read-only; pass .*gradients\.copy", np.ones(3), gradients)
@@ -111,10 +110,8 @@ NOT_ARRAYS = {
 
 @pytest.mark.parametrize("value", NOT_ARRAYS.values(), ids=NOT_ARRAYS)
 def test_only_arrays_are_taken(value):
-    refuse(
-        TypeError, r"^gradients (must be|is a masked).*(numpy\.asarray|filled)", np.ones(2), value
-    )
-    refuse(TypeError, r"^activations (must be|is a masked)", value, np.ones(2))
+    refuse(TypeError, r"^gradients (must be|are a masked).*(\.asarray|filled)", np.ones(2), value)
+    refuse(TypeError, r"^activations (must be|are a masked)", value, np.ones(2))
     with pytest.raises(TypeError, match=r"^activations"):
         ActivityRegularization(0.1).penalty(value)
 
@@ -137,9 +134,9 @@ def test_other_dtypes_are_refused(dtype):
     if dtype is np.longdouble and np.dtype(dtype).itemsize == 8:
         pytest.skip("longdouble is float64 here")
     values = np.zeros(2, dtype)
-    with pytest.raises(TypeError, match=r"activations has dtype .* float32 or float64.*astype"):
+    with pytest.raises(TypeError, match=r"activations have dtype .* float32 or float64.*astype"):
         ActivityRegularization(0.1).penalty(values)
-    refuse(TypeError, "gradients has dtype", np.ones(2), values)
+    refuse(TypeError, "gradients have dtype", np.ones(2), values)
 
 
 def test_dtypes_must_be_equal():
@@ -180,20 +177,29 @@ def test_misaligned_arrays_are_computed(norm):
 
 
 @norms
-def test_memory_maps_and_plain_subclasses(norm, tmp_path):
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_memory_maps_and_plain_subclasses(norm, name, tmp_path):
     values = np.arange(-6.0, 6.0).reshape(3, 4)
     np.save(tmp_path / "x.npy", values)
     np.save(tmp_path / "g.npy", np.ones((3, 4)))
     expected = np.ones((3, 4))
-    reg = ActivityRegularization(0.1, norm)
+    reg = ActivityRegularization(0.1, norm, backend=name)
     penalty = reg.apply(values, expected)
 
     class Plain(np.ndarray):
         pass
 
+    class Contrary(np.ndarray):
+        __array_ufunc__ = None
+
+        def __array_function__(self, *arguments):
+            raise AssertionError("nothing of the subclass may be called")
+
     for activations, gradients in (
         (np.load(tmp_path / "x.npy", "r"), np.load(tmp_path / "g.npy", "r+")),
         (values.view(Plain), np.ones((3, 4)).view(Plain)),
+        (values.view(Contrary), np.ones((3, 4)).view(Contrary)),
+        (values.astype(">f8").view(Plain), np.ones((3, 4), ">f8").view(Plain)),
         (values.view(np.matrix), np.ones((3, 4)).view(np.matrix)),
     ):
         found = reg.apply(activations, gradients)
@@ -214,7 +220,7 @@ def test_read_only_activations_are_read(norm, backend):
     )
 
 
-def test_the_checks_read_nothing_of_a_device(cupy):
+def test_the_checks_hold_for_cupy_arrays(cupy):
     room = cupy.zeros(20)
     match = "gradients share memory"
     for activations, gradients in ((room, room), (room[:-1], room[1:])):
@@ -224,7 +230,7 @@ def test_the_checks_read_nothing_of_a_device(cupy):
         ActivityRegularization(0.1).apply(cupy.ones((2, 3)), cupy.broadcast_to(room[:3], (2, 3)))
     with pytest.raises(ValueError, match="gradients have shape"):
         ActivityRegularization(0.1).apply(cupy.ones(3), cupy.ones(4))
-    with pytest.raises(TypeError, match="activations has dtype int64"):
+    with pytest.raises(TypeError, match="activations have dtype int64"):
         ActivityRegularization(0.1).penalty(cupy.arange(3))
     assert not room.any()
     ActivityRegularization(0.5).apply(room[::2], room[1::2])  # interleaved

@@ -7,7 +7,12 @@ shared memory. The second, a ``ReductionKernel`` over the partial sums of the bl
 penalty on the device. L2 needs the norm before the gradient, so a third launch updates it.
 
 The grid depends on the number of elements alone, so the tree of the sum, and with it every bit, is
-the same on every device. ``--fmad=false`` keeps multiplications and additions apart.
+the same on every device. The result is rounded from the double-doubles, without a test whether they
+decide it: an exact sum to turn to would need the host.
+
+``--fmad=false`` keeps multiplications and additions apart. CuPy also compiles with ``-ftz=true``,
+which would flush subnormal float32 numbers to zero and which no option undoes, so the arithmetic on
+float32 is stated in PTX.
 """
 
 from __future__ import annotations
@@ -30,6 +35,36 @@ _ELEMENTS_PER_THREAD = 8  # at least, so that the partial sums weigh little besi
 _OPTIONS = ("--fmad=false",)
 
 PREAMBLE = r"""
+// float32 with subnormal numbers; float64 has them anyway.
+__device__ inline double widen(double x) { return x; }
+__device__ inline double widen(float x) {
+    double y;
+    asm("cvt.f64.f32 %0, %1;" : "=d"(y) : "f"(x));
+    return y;
+}
+__device__ inline void narrow(double x, double& y) { y = x; }
+__device__ inline void narrow(double x, float& y) {
+    asm("cvt.rn.f32.f64 %0, %1;" : "=f"(y) : "d"(x));
+}
+__device__ inline double add(double x, double y) { return x + y; }
+__device__ inline double multiply(double x, double y) { return x * y; }
+__device__ inline double divide(double x, double y) { return x / y; }
+__device__ inline float add(float x, float y) {
+    float z;
+    asm("add.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ inline float multiply(float x, float y) {
+    float z;
+    asm("mul.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+__device__ inline float divide(float x, float y) {
+    float z;
+    asm("div.rn.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
 // A sum of terms >= 0 as an unevaluated pair of binary64 numbers.
 struct partial_sum { double hi, lo; };
 
@@ -52,9 +87,12 @@ __device__ inline partial_sum square(double x) {
 
 // The gradient at x, rounded after every operation.
 template <typename T> __device__ inline T signed_strength(T x, T lam) {
-    return lam * (T(x > T(0)) - T(x < T(0)));
+    const double wide = widen(x);
+    return multiply(lam, T((wide > 0.0) - (wide < 0.0)));
 }
-template <typename T> __device__ inline T scaled(T x, T lam) { return (lam * T(2)) * x; }
+template <typename T> __device__ inline T scaled(T x, T lam) {
+    return multiply(multiply(lam, T(2)), x);
+}
 
 // The sum over the 256 threads of a block, in thread 0.
 __device__ inline partial_sum block_sum(partial_sum mine) {
@@ -90,8 +128,8 @@ def _pass_kernel(kernel_name: str, term: str, update: str) -> cupy.ElementwiseKe
         partial_sum mine = {{0.0, 0.0}};
         for (ptrdiff_t j = i; j < count; j += _ind.size()) {{
             const T value = x[j];
-            mine = merge(mine, {term}(value));
-            {f"g[j] += {update}(value, lam);" if update else ""}
+            mine = merge(mine, {term}(widen(value)));
+            {f"g[j] = add(g[j], {update}(value, lam));" if update else ""}
         }}
         mine = block_sum(mine);
         if (threadIdx.x == 0) {{
@@ -113,7 +151,7 @@ def _finish_kernel(kernel_name: str, size: str) -> cupy.ReductionKernel:
         "float64 total, T penalty",
         "partial_sum{hi, lo}",
         "merge(a, b)",
-        f"total = a.hi, penalty = T(lam * {size})",
+        f"total = a.hi, narrow(lam * {size}, penalty)",
         "partial_sum{0.0, 0.0}",
         kernel_name,
         reduce_type="partial_sum",
@@ -132,10 +170,10 @@ _FINISH_L2 = _finish_kernel("actreg_finish_l2", "sqrt(a.hi)")
 _UPDATE_L2 = cupy.ElementwiseKernel(
     "T x, raw float64 total, T lam, float64 epsilon",
     "T g",
-    "if (above) g += (lam * x) / size",
+    "if (above) g = add(g, divide(multiply(lam, x), size))",
     "actreg_update_l2",
     preamble=PREAMBLE,
-    loop_prep="const bool above = !(total[0] <= epsilon); const T size = T(sqrt(total[0]))",
+    loop_prep="const bool above = !(total[0] <= epsilon); T size; narrow(sqrt(total[0]), size)",
     options=_OPTIONS,
     no_return=True,
 )

@@ -1,0 +1,312 @@
+"""The numerical promise: the bits of the exact sum, in every dtype, layout and thread count.
+
+The oracle is rational arithmetic (:mod:`actreg_dispatch.exact`), never another kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actreg_dispatch import ActivityNorm, ActivityRegularization, DoubleDouble
+from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.exact import binary64, exact_result, exact_sum, root_of, rounded
+from actreg_dispatch.rounding import (
+    PLAIN_BOUND,
+    ExactSum,
+    _root,
+    certified,
+    compensated_bound,
+    outcome_of,
+)
+
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), FLOAT32, FLOAT64]
+
+norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+cpu = pytest.mark.parametrize("name", ["numpy", "numba"])
+
+
+def decades(low, high):
+    return lambda rng, size: rng.normal(size=size) * 10.0 ** rng.uniform(low, high, size)
+
+
+DATA = {
+    "normal": lambda rng, size: rng.normal(size=size),
+    "relu": lambda rng, size: np.maximum(rng.normal(size=size), 0),
+    "ones": lambda rng, size: np.ones(size),
+    "small integers": lambda rng, size: rng.integers(-5, 6, size),
+    "zeros of both signs": lambda rng, size: rng.choice([0.0, -0.0], size),
+    "four decades": decades(-2, 2),
+    "24 decades": decades(-12, 12),
+    "subnormal in float16": decades(-8, -6),
+    "subnormal in float32": decades(-45, -38),
+    "subnormal in float64": decades(-324, -308),
+    "squares overflow": decades(160, 300),
+    "squares underflow": decades(-300, -170),
+    "tiny, medium and huge": lambda rng, size: (
+        rng.normal(size=size) * 10.0 ** rng.choice([-200, 0, 200], size)
+    ),
+    "on a tie of float64": lambda rng, size: np.r_[2.0**53, 1, np.zeros(size - 2)],
+    "above a tie of float64": lambda rng, size: np.r_[2.0**53, 1, 2.0**-500, np.zeros(size - 3)],
+    "on a tie of float32": lambda rng, size: np.r_[1, 2.0**-24, np.zeros(size - 2)],
+    "above a tie of float32": lambda rng, size: np.r_[1, 2.0**-24, 2.0**-40, np.zeros(size - 3)],
+}
+
+
+def assert_exact(name, activations, norm, lam=0.1, epsilon=None):
+    rng = np.random.default_rng(9)
+    gradients = rng.normal(size=activations.shape).astype(activations.dtype)
+    penalty, updated = exact_result(activations, gradients, norm, lam, epsilon)
+    reg = ActivityRegularization(lam, norm, epsilon=epsilon, backend=name)
+    for found in (reg.apply(activations, gradients), reg.penalty(activations)):
+        assert found.dtype == penalty.dtype
+        assert found.tobytes() == penalty.tobytes(), (found, penalty)
+    assert gradients.tobytes() == updated.tobytes()
+
+
+@cpu
+@norms
+@dtypes
+@pytest.mark.parametrize("data", DATA.values(), ids=DATA)
+def test_every_bit_is_that_of_the_exact_sum(name, norm, dtype, data):
+    with np.errstate(all="ignore"):
+        values = data(np.random.default_rng(5), 517).astype(dtype)
+    values = np.where(np.isfinite(values), values, np.zeros_like(values))
+    for lam in (0.1, 1.0):
+        assert_exact(name, values, norm, lam)
+    if norm is ActivityNorm.L2:
+        assert_exact(name, values, norm, epsilon=0.0)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("size", [8191, 8193, 29_999, 30_000, 41_001])
+def test_blocks_and_threads_do_not_show(norm, dtype, size):
+    values = np.random.default_rng(size).normal(size=size).astype(dtype)
+    for view in (values, values[::-1], values[: size // 6 * 6].reshape(6, -1).T, values[::3]):
+        assert_exact("numba", view, norm)
+
+
+@cpu
+@norms
+@dtypes
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_in_every_position(name, norm, dtype, bad):
+    lam, size = np.float32(0.5), 5
+    for position in range(size):
+        activations = np.arange(1.0, size + 1).astype(dtype)
+        activations[position] = bad
+        gradients = np.zeros(size, dtype)
+        penalty = ActivityRegularization(float(lam), norm, backend=name).apply(
+            activations, gradients
+        )
+        np.testing.assert_equal(float(penalty), abs(bad))
+        x = activations.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            expected = {
+                ActivityNorm.L1: 0.5 * ((x > 0).astype(float) - (x < 0)),
+                ActivityNorm.L2: 0.5 * x / abs(bad),
+                ActivityNorm.L2_SQUARED: 2 * 0.5 * x,
+            }[norm]
+        np.testing.assert_array_equal(gradients.astype(np.float64), expected)
+
+
+@cpu
+def test_a_nan_outweighs_an_infinity(name):
+    for order in ([math.inf, math.nan], [math.nan, math.inf]):
+        assert math.isnan(ActivityRegularization(1.0, "l2", backend=name).penalty(np.array(order)))
+
+
+@cpu
+def test_more_ones_than_float32_can_count(name):
+    ones = np.broadcast_to(np.float32(1), (2**24 + 1,))
+    for norm in ("l1", "l2_squared"):  # 2**24 + 1 lies on a tie, and goes to the even neighbour
+        assert ActivityRegularization(1.0, norm, backend=name).penalty(ones) == 2**24
+    assert ActivityRegularization(1.0, "l2", backend=name).penalty(ones) == 2**12
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_l2_keeps_in_range(name):
+    for scale in (1e200, 1e-200, 5e-324):
+        activations, gradients = np.array([3 * scale, -4 * scale]), np.zeros(2)
+        reg = ActivityRegularization(0.5, "l2", epsilon=0.0, backend=name)
+        size = math.hypot(3 * scale, 4 * scale)
+        assert reg.apply(activations, gradients) == 0.5 * size
+        np.testing.assert_array_equal(gradients, (0.5 * activations) / size)
+
+
+@cpu
+def test_squared_l2_is_infinite_only_where_the_truth_is(name):
+    def penalty(lam, *values):
+        return ActivityRegularization(lam, "l2_squared", backend=name).penalty(np.array(values))
+
+    assert penalty(1e-100, 1e200) == 1e-100 * 1e200 * 1e200 or math.isfinite(penalty(1e-100, 1e200))
+    assert penalty(1e-100, 1e200) == binary64(Fraction(1e-100) * rounded(Fraction(1e200) ** 2, 53))
+    assert penalty(1.0, 1e200) == math.inf
+    assert penalty(1e300, 1e-200) == binary64(Fraction(1e300) * rounded(Fraction(1e-200) ** 2, 53))
+    assert penalty(0.0, 1e200) == 0.0
+
+
+# Which path ran.
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """Record how often each kind of sum was taken."""
+    taken = []
+
+    def run(term, *arguments):
+        taken.append("compensated" if "compensated" in term.__name__ else "plain")
+        return original(term, *arguments)
+
+    def outcome(*arguments):
+        taken.append("integers")
+        return exact(*arguments)
+
+    original, exact = numba_cpu._run, numba_cpu.exact_outcome
+    monkeypatch.setattr(numba_cpu, "_run", run)
+    monkeypatch.setattr(numba_cpu, "exact_outcome", outcome)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "expected", "result"),
+    [
+        ([1.0, 2.0**-20], np.float32, ["plain"], 1 + 2.0**-20),
+        ([1.0, 2.0**-24], np.float32, ["plain", "compensated"], 1.0),
+        ([1.0, 2.0**-24, 2.0**-45], np.float32, ["plain", "compensated"], 1 + 2.0**-23),
+        ([1.0, 2.0**-24, 2.0**-30], np.float32, ["plain"], 1 + 2.0**-23),
+        ([1.0, 2.0**-52], np.float64, ["compensated"], 1 + 2.0**-52),
+        ([1.0, 2.0**-53, 2.0**-60], np.float64, ["compensated"], 1 + 2.0**-52),
+        ([1.0, 2.0**-53], np.float64, ["compensated", "integers"], 1.0),
+        ([1.0, 2.0**-53, 2.0**-140], np.float64, ["compensated", "integers"], 1 + 2.0**-52),
+        ([1.0, 3 * 2.0**-53], np.float64, ["compensated", "integers"], 1 + 2.0**-51),
+    ],
+)
+def test_on_and_beside_a_rounding_boundary(paths, values, dtype, expected, result):
+    values = np.array(values, dtype)
+    assert ActivityRegularization(1.0, backend="numba").penalty(values) == result
+    assert paths == expected
+    gradients = np.zeros_like(values)
+    assert ActivityRegularization(1.0, backend="numba").apply(values, gradients) == result
+    assert (gradients == 1).all()  # updated once, however often the sum is done again
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_real_data_seldom_needs_a_second_sum(paths, dtype):
+    rng = np.random.default_rng(6)
+    for _ in range(200):
+        values = rng.normal(size=300).astype(dtype)
+        ActivityRegularization(0.1, backend="numba").penalty(values)
+    assert paths.count("plain") == 200
+    assert paths.count("compensated") <= 2
+
+
+# The pieces.
+
+magnitudes = st.floats(0, allow_nan=False, allow_infinity=False)
+
+
+@given(values=st.lists(magnitudes, max_size=40), norm=st.sampled_from(ActivityNorm))
+def test_integer_sums_are_exact(values, norm):
+    array = np.array(values, np.float64)
+    total = ExactSum(norm)
+    for piece in np.array_split(array, 3):
+        total.add(piece)
+    exact = exact_sum(array, norm)
+    assert total.rounded() == rounded(exact, 53)
+    hi, lo = total.pair()
+    assert hi == binary64(exact)
+    if 2.0**-900 < exact < 2.0**1000:
+        assert abs(Fraction(hi) + Fraction(lo) - exact) <= exact / 2**104
+
+
+@given(value=st.fractions(min_value=Fraction(1, 10**700), max_value=10**640))
+def test_the_root_of_a_fraction_is_rounded_once(value):
+    assert _root(value) == binary64(root_of(value))
+    root = rounded(value, 26)
+    assert _root(root * root) == binary64(root)
+
+
+@given(
+    hi=st.floats(1e-30, 1e30),
+    offset=st.floats(-1, 1),
+    bound=st.sampled_from([PLAIN_BOUND, compensated_bound(10**6)]),
+    lam=st.sampled_from([0.0, 0.1, 1.0, 3.0]),
+    norm=st.sampled_from(ActivityNorm),
+    compute=st.sampled_from([FLOAT32, FLOAT64]),
+    bits=st.sampled_from([24, 25, 53]),
+)
+def test_what_is_certified_is_right(hi, offset, bound, lam, norm, compute, bits):
+    """Whatever the truth within the bound, a certified outcome is the outcome of the truth."""
+    truth = rounded(Fraction(hi), bits)  # few bits make ties likely
+    computed = truth * (1 + Fraction(bound) * Fraction(offset))
+    pair = DoubleDouble(float(computed), float(computed - Fraction(float(computed))))
+    lam = float(compute.type(lam))
+    found = certified(pair, bound, norm, lam, compute, 1e-7)
+    if found is not None:
+        assert found == outcome_of(float(truth), norm, lam, compute, 1e-7)
+
+
+# Threads and memory.
+
+SUMS = """
+import hashlib, json
+import numba, numpy as np
+from actreg_dispatch import ActivityRegularization
+found = []
+for threads in (1, 2, 4):
+    numba.set_num_threads(threads)
+    rng = np.random.default_rng(8)
+    for norm, dtype in (("l1", np.float32), ("l2", np.float64), ("l2_squared", np.float16)):
+        values = rng.normal(size=100_003).astype(dtype)
+        gradients = np.ones_like(values)
+        penalty = ActivityRegularization(0.1, norm, backend=BACKEND).apply(values, gradients)
+        found.append([float(penalty).hex(), hashlib.sha256(gradients.tobytes()).hexdigest()])
+print(json.dumps([found, None if BACKEND == "numpy" else numba.threading_layer()]))
+"""
+
+
+def test_thread_counts_and_layers_do_not_show(python):
+    expected, _ = json.loads(python("-c", f"BACKEND = 'numpy'{SUMS}", NUMBA_NUM_THREADS="4").stdout)
+    assert expected[:3] == expected[3:6] == expected[6:]
+    for layer in ("omp", "workqueue", "tbb"):
+        variables = {"NUMBA_THREADING_LAYER": layer, "NUMBA_NUM_THREADS": "4"}
+        done = python("-c", f"BACKEND = 'numba'{SUMS}", check=False, **variables)
+        if "threading layer" in done.stderr.lower() and layer != "workqueue":
+            continue  # not on this machine; the workqueue is part of Numba
+        assert json.loads(done.stdout) == [expected, layer], done.stderr
+
+
+def test_no_memory_of_the_arrays_size_is_taken(python):
+    code = """
+import resource, sys
+import numpy as np
+from actreg_dispatch import ActivityRegularization
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+values = np.ones((4000, 4000), np.float32)
+gradients = np.zeros((4000, 8000), np.float32)[:, ::2]
+gradients += 1
+for norm in ("l1", "l2", "l2_squared"):  # compile for both layouts
+    reg = ActivityRegularization(0.1, norm)
+    reg.apply(values[:200], gradients[:200])
+    reg.apply(values[:200], gradients[:200].copy())
+    reg.penalty(values[:200]), reg.penalty(values[:200].T)
+before = peak()
+for norm in ("l1", "l2", "l2_squared"):
+    reg = ActivityRegularization(0.1, norm)
+    reg.apply(values, gradients)
+    reg.penalty(values.T)
+print((peak() - before) // 1024)
+"""
+    assert int(python("-c", code).stdout) <= 4  # MiB, of 61 that values take
