@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import sys
@@ -28,7 +29,8 @@ from actreg_dispatch.regularization import ActivityRegularization
 
 __all__ = ["examine", "self_test"]
 
-_SIZES = (0, 1, 7, 40_000)  # the last one is large enough for parallel kernels
+_SIZES = (0, 1, 7, 300)
+_PARALLEL_SIZE = 40_000  # large enough for the kernels with threads
 
 
 def examine(say: Callable[[str], None] = print) -> int:
@@ -102,18 +104,17 @@ def self_test(name: str) -> None:
     """
     taken = get_backend(name).dtypes
     rng = np.random.default_rng(0)
-    for dtype in filter(taken.__contains__, map(np.dtype, (np.float16, np.float32, np.float64))):
-        for size in _SIZES:
-            spread = 10.0 ** rng.integers(-4, 4, size)
-            activations = (rng.normal(size=size) * spread).astype(dtype)
-            for norm in ActivityNorm:
-                gradients = rng.normal(size=size).astype(dtype)
-                penalty, updated = exact_result(activations, gradients, norm, 0.1)
-                regularization = ActivityRegularization(0.1, norm, backend=name)
-                found = regularization.apply(activations, gradients)
-                if found.tobytes() != penalty.tobytes() or gradients.tobytes() != updated.tobytes():
-                    raise AssertionError(
-                        f"{norm.value} of {size} {dtype} values: penalty {found!r}, "
-                        f"exactly rounded {penalty!r}; "
-                        f"{np.count_nonzero(gradients != updated)} gradients differ"
-                    )
+    dtypes = [d for d in map(np.dtype, (np.float16, np.float32, np.float64)) if d in taken]
+    cases = list(itertools.product(dtypes, ActivityNorm, _SIZES))
+    cases.append((np.dtype(np.float32), ActivityNorm.L1, _PARALLEL_SIZE))
+    for dtype, norm, size in cases:
+        spread = 10.0 ** rng.integers(-4, 4, size)
+        activations = (rng.normal(size=size) * spread).astype(dtype)
+        gradients = rng.normal(size=size).astype(dtype)
+        penalty, updated = exact_result(activations, gradients, norm, 0.1)
+        found = ActivityRegularization(0.1, norm, backend=name).apply(activations, gradients)
+        if found.tobytes() != penalty.tobytes() or gradients.tobytes() != updated.tobytes():
+            raise AssertionError(
+                f"{norm.value} of {size} {dtype} values: penalty {found!r}, exactly rounded "
+                f"{penalty!r}; {np.count_nonzero(gradients != updated)} gradients differ"
+            )

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from actreg_dispatch import __version__, doctor, registry
+from actreg_dispatch import __version__, registry
 from actreg_dispatch.__main__ import main
 from actreg_dispatch.backends import reference
 
@@ -137,7 +137,6 @@ def test_the_doctor_finds_the_backends_right(capsys):
 
 
 def test_the_doctor_says_what_the_variable_leads_to(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "_SIZES", (7,))
     monkeypatch.setenv("ACTREG_BACKEND", "numpy")
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
@@ -145,7 +144,6 @@ def test_the_doctor_says_what_the_variable_leads_to(monkeypatch, capsys):
 
 
 def test_the_doctor_fails_where_the_variable_leads_nowhere(monkeypatch, registered, capsys):
-    monkeypatch.setattr(doctor, "_SIZES", (7,))
     monkeypatch.setenv("ACTREG_BACKEND", "bogus")
     assert main(["doctor"]) == 1
     assert "ACTREG_BACKEND='bogus' names no backend" in capsys.readouterr().out
@@ -170,7 +168,6 @@ def test_the_doctor_fails_a_wrong_backend(registered, monkeypatch, capsys, wrong
 
     module = types.SimpleNamespace(**vars(reference) | {"name": "wrong", "apply": apply})
     registry.register_backend("wrong", lambda: module, array_type="numpy.ndarray")
-    monkeypatch.setattr(doctor, "_SIZES", (7,))
     assert main(["doctor"]) == 1
     told = capsys.readouterr().out
     assert "wrong  FAILED its self-test: " in told
@@ -186,7 +183,7 @@ def test_it_speaks_to_a_terminal_without_greek(python):
 
 
 def test_the_doctor_works_where_nothing_is_compiled(python):
-    code = "from actreg_dispatch import doctor; doctor._SIZES = (7,); doctor.examine()"
+    code = "from actreg_dispatch.doctor import examine; examine()"
     told = python("-c", code, NUMBA_DISABLE_JIT="1").stdout
     assert re.search(r"^numba +unusable: NUMBA_DISABLE_JIT is set", told, re.MULTILINE)
     assert "a numpy.ndarray is computed by numpy" in told
