@@ -105,6 +105,7 @@ class _Entry:
 
 _ENTRIES: dict[str, _Entry] = {}
 _ARRAY_TYPES: dict[type, str] = {}  # class of an array -> dotted name of its library's array type
+_DECISIONS: dict[tuple[str, str, np.dtype[Any], bool], tuple[Backend, str]] = {}
 _LOCK = threading.RLock()
 _OVERRIDE: ContextVar[str | None] = ContextVar("actreg_dispatch_backend", default=None)
 
@@ -148,6 +149,7 @@ def register_backend(
             raise ValueError(f"name={name!r} is taken: choose another name for this backend")
         _ENTRIES[name] = _Entry(load, array_type, install)
         _ARRAY_TYPES.clear()
+        _DECISIONS.clear()
 
 
 def backend_names() -> tuple[str, ...]:
@@ -358,6 +360,17 @@ def choose(
         If the backend does not take the dtype.
     """
     name, source = requested(explicit)
+    key = name, array_type, dtype, aligned
+    backend, target = _DECISIONS.get(key) or _DECISIONS.setdefault(key, _decide(*key, source))
+    if logger.isEnabledFor(logging.DEBUG):
+        moves = "" if target == array_type else f", moved from {array_type} to {target}"
+        logger.debug("backend %s for %s %s by %s%s", backend.name, array_type, dtype, source, moves)
+    return backend, target
+
+
+def _decide(
+    name: str, array_type: str, dtype: np.dtype[Any], aligned: bool, source: str
+) -> tuple[Backend, str]:
     if name == AUTO:
         name = _by_array_type(array_type, dtype)
     backend, target = usable(name, source), _ENTRIES[name].array_type
@@ -368,10 +381,7 @@ def choose(
         )
     if array_type == target == NUMPY and not (aligned and dtype in backend.dtypes):
         # What compiled kernels do not take is left to the reference. A move makes it native.
-        name, backend = REFERENCE, usable(REFERENCE, source)
-    if logger.isEnabledFor(logging.DEBUG):
-        moves = "" if target == array_type else f", moved from {array_type} to {target}"
-        logger.debug("backend %s for %s %s by %s%s", name, array_type, dtype, source, moves)
+        backend = usable(REFERENCE, source)
     return backend, target
 
 

@@ -127,6 +127,7 @@ class ActivityRegularization:
     @lam.setter
     def lam(self, value: float) -> None:
         self._lam = check_number("lam", value)
+        self._prepared: dict[np.dtype[Any], tuple[float, float]] = {}
 
     @property
     def norm(self) -> ActivityNorm:
@@ -228,7 +229,7 @@ class ActivityRegularization:
         array([0.4, 0.6])
         """
         kind = check_activations(activations)
-        check_gradients(activations, gradients)
+        check_gradients(activations, gradients, kind)
         lam, epsilon = self._constants(activations.dtype)
         if kind == NUMPY:
             activations, gradients = np.asarray(activations), np.asarray(gradients)
@@ -246,16 +247,25 @@ class ActivityRegularization:
 
     def _constants(self, dtype: np.dtype[Any]) -> tuple[float, float]:
         """Return λ rounded to the compute dtype, and ``epsilon`` with its default filled in."""
+        prepared = self._prepared  # the assignment of λ replaces it
+        found = prepared.get(dtype)
+        if found is not None:
+            return found
         compute = COMPUTE_DTYPES[dtype]
         lam = float(round_to(compute, self._lam))
         doubled = self._norm is ActivityNorm.L2_SQUARED
         if lam > float(np.finfo(compute).max) / (2 if doubled else 1):
             raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
-        epsilon = self._epsilon
-        return lam, float(np.finfo(compute).eps) if epsilon is None else epsilon
+        default = float(np.finfo(compute).eps)
+        found = lam, default if self._epsilon is None else self._epsilon
+        prepared[dtype] = found
+        return found
 
     def _options(self) -> tuple[float, ActivityNorm, float | None, str | None]:
         return self._lam, self._norm, self._epsilon, self._backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": {}}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ActivityRegularization):

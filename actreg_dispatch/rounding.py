@@ -11,13 +11,13 @@ the results is monotone: rounding, multiplication by λ ≥ 0, the square root, 
 both ends of the bracket give the same results, S gives them too, and so does any other order of
 summation. :func:`certified` evaluates both ends.
 
-**The bounds β**, for N terms ≥ 0 and u = 2⁻⁵³. A backend adds at most ``BLOCK_TERMS`` = 2¹³ terms
+**The bounds β**, for N terms ≥ 0 and u = 2⁻⁵³. A backend adds at most ``LANE_TERMS`` = 2¹³ terms
 to one lane, in whatever order, and merges lanes, blocks and views by :func:`merge_pairs`. That
 has a relative error below 4u² (its proof is there), and none if one side is empty, so fewer than 3N
 merges cost anything: together less than N·2⁻¹⁰².
 
 * *Plain lanes*: each addition has a relative error of at most u and what it adds to is a sum of at
-  most 2¹³ of the terms, so a lane is off by at most 2¹³·u·(1 + 2u)²¹³ < 2⁻³⁹ of itself. Squares of
+  most 2¹³ of the terms, so a lane is off by at most 2¹³·u·(1 + 2¹⁴·u) < 2⁻³⁹ of itself. Squares of
   16- and 32-bit floats are exact in binary64. :data:`PLAIN_BOUND` is 2⁻³⁸, which leaves 2⁻³⁹ for
   the merges, enough for N < 2⁶³.
 * *Compensated lanes*: hi takes every term by TwoSum, whose error is exact and at most u times a
@@ -55,8 +55,8 @@ import numpy as np
 from actreg_dispatch.norms import ActivityNorm
 
 __all__ = [
-    "BLOCK_TERMS",
     "COMPUTE_DTYPES",
+    "LANE_TERMS",
     "NATIVE_DTYPES",
     "PLAIN_BOUND",
     "DoubleDouble",
@@ -88,7 +88,7 @@ COMPUTE_DTYPES: dict[np.dtype[Any], np.dtype[Any]] = {
 }
 """Supported dtype of the activations -> dtype T that gradient and penalty are computed in."""
 
-BLOCK_TERMS = 8192
+LANE_TERMS = 8192
 PLAIN_BOUND = 2.0**-38
 
 Real = TypeVar("Real", float, np.ndarray[Any, np.dtype[np.float64]])

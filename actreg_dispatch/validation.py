@@ -15,7 +15,7 @@ import numpy as np
 
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import array_type_of
-from actreg_dispatch.rounding import compute_dtype
+from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
 __all__ = ["check_activations", "check_gradients", "check_number"]
 
@@ -58,7 +58,7 @@ def _check_array(name: str, array: Any) -> str:
             f"{name} must be a NumPy or CuPy array, not a {cls.__module__}.{cls.__qualname__}; "
             f"convert it, for example with numpy.asarray"
         )
-    if compute_dtype(array.dtype) is None:
+    if array.dtype not in COMPUTE_DTYPES and compute_dtype(array.dtype) is None:
         raise TypeError(
             f"{name} have dtype {array.dtype}; convert them to float32 or float64, "
             f"for example with {name}.astype(numpy.float32)"
@@ -77,8 +77,8 @@ def check_activations(activations: Any) -> str:
     return _check_array("activations", activations)
 
 
-def check_gradients(activations: Any, gradients: Any) -> None:
-    """Check that the gradient of ``activations`` can be added to ``gradients`` in place.
+def check_gradients(activations: Any, gradients: Any, kind: str) -> None:
+    """Check that the gradient of ``activations``, of type ``kind``, can be added to ``gradients``.
 
     Raises
     ------
@@ -87,13 +87,15 @@ def check_gradients(activations: Any, gradients: Any) -> None:
     ValueError
         If it has another shape, is read-only, or overlaps itself or the activations.
     """
-    kind, other = array_type_of(type(activations)), _check_array("gradients", gradients)
-    if kind != other:
-        raise MixedArraysError(
-            f"activations are a {kind} but gradients are a {other}; move one of them, "
-            f"no data is moved unasked"
-        )
+    if type(gradients) is not type(activations):
+        other = _check_array("gradients", gradients)
+        if kind != other:
+            raise MixedArraysError(
+                f"activations are a {kind} but gradients are a {other}; move one of them, "
+                f"no data is moved unasked"
+            )
     if activations.dtype != gradients.dtype:
+        _check_array("gradients", gradients)
         raise TypeError(
             f"gradients have dtype {gradients.dtype} but activations have {activations.dtype}; "
             f"give both one dtype, for example with gradients.astype(activations.dtype)"

@@ -95,7 +95,8 @@ def _no_choice_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a test register backends that are forgotten afterwards."""
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
-    monkeypatch.setattr(registry, "_ARRAY_TYPES", dict(registry._ARRAY_TYPES))
+    monkeypatch.setattr(registry, "_ARRAY_TYPES", {})
+    monkeypatch.setattr(registry, "_DECISIONS", {})
 
 
 @pytest.fixture

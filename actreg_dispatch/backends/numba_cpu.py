@@ -2,8 +2,8 @@
 
 An operation is a *term* that it sums and an *update* of the gradient; :func:`_kernel` makes one
 loop of the two. The loop runs over views of three axes (see :mod:`actreg_dispatch.layout`), in
-blocks of at most ``BLOCK_TERMS`` elements. A block is summed in ``_LANES`` partial sums side by
-side, which the compiler turns into vector instructions; lanes and blocks merge as double-doubles.
+blocks of at most ``_BLOCK`` elements. A block is summed in ``_LANES`` partial sums side by side,
+which the compiler turns into vector instructions; lanes and blocks merge as double-doubles.
 
 The lanes of 16- and 32-bit floats are plain binary64, those of float64 double-doubles. Whether that
 decides the result is asked of :func:`actreg_dispatch.rounding.certified`; if not, the sum, and the
@@ -29,11 +29,10 @@ from numba.extending import intrinsic, register_jitable
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import (
-    BLOCK_TERMS,
     COMPUTE_DTYPES,
     FLOAT16,
-    FLOAT32,
     FLOAT64,
+    LANE_TERMS,
     NATIVE_DTYPES,
     PLAIN_BOUND,
     DoubleDouble,
@@ -53,6 +52,7 @@ unavailable_because = (
 )
 
 _LANES = 64
+_BLOCK = 16384  # elements; large beside the merging of lanes, small beside a cache
 _PARALLEL_FROM = 30_000  # elements; below, waking the threads costs more than they save
 
 # Compiled code calls the shared arithmetic by its own name.
@@ -276,9 +276,9 @@ def _compile(term: Any, update: Any, dtype: np.dtype[Any], layout: str, parallel
 
     def kernel(x, g, lam, divisor):  # type: ignore[no-untyped-def]
         planes, rows, length = x.shape
-        pieces = (length + BLOCK_TERMS - 1) // BLOCK_TERMS  # of a row
+        pieces = (length + _BLOCK - 1) // _BLOCK  # of a row
         units = planes * rows * pieces
-        units_per_block = max(1, BLOCK_TERMS // length)
+        units_per_block = max(1, min(_BLOCK // length, LANE_TERMS))  # short rows fill few lanes
         blocks = (units + units_per_block - 1) // units_per_block
         sums = np.empty((blocks, 2))
         for b in numba.prange(blocks):
@@ -286,20 +286,22 @@ def _compile(term: Any, update: Any, dtype: np.dtype[Any], layout: str, parallel
             lo = np.zeros(_LANES)
             for unit in range(b * units_per_block, min((b + 1) * units_per_block, units)):
                 row, piece = divmod(unit, pieces)
-                start = piece * BLOCK_TERMS
-                stop = min(start + BLOCK_TERMS, length)
+                start = piece * _BLOCK
+                stop = min(start + _BLOCK, length)
                 plane, row = divmod(row, rows)
                 block(x[plane, row, start:stop], g[plane, row, start:stop], hi, lo, lam, divisor)
-            total, rest = hi[0], lo[0]
-            for j in range(1, _LANES):
-                total, rest = merge_pairs(total, rest, hi[j], lo[j])
-            sums[b, 0], sums[b, 1] = total, rest
+            half = _LANES // 2
+            while half > 0:
+                for j in range(half):
+                    hi[j], lo[j] = merge_pairs(hi[j], lo[j], hi[j + half], lo[j + half])
+                half //= 2
+            sums[b, 0], sums[b, 1] = hi[0], lo[0]
         total, rest = sums[0, 0], sums[0, 1]
         for b in range(1, blocks):
             total, rest = merge_pairs(total, rest, sums[b, 0], sums[b, 1])
         return merge_pairs(total, rest, 0.0, 0.0)
 
-    element = numba.from_dtype(_bits(dtype))
+    element = numba.from_dtype(dtype)
     x = types.Array(element, 3, layout, readonly=True)
     g = types.Array(element, 3, layout, readonly=update is _leave)
     signature = types.UniTuple(types.float64, 2)(x, g, types.float64, types.float64)
@@ -309,26 +311,23 @@ def _compile(term: Any, update: Any, dtype: np.dtype[Any], layout: str, parallel
     return compiler(kernel)
 
 
-def _bits(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the dtype that stands for ``dtype`` in compiled code."""
-    if dtype in (FLOAT32, FLOAT64):
-        return dtype
-    return np.dtype(np.uint16 if dtype == FLOAT16 else np.int16)
-
-
 def _run(
     term: Any, update: Any, x: Any, g: Any, lam: float = 0.0, divisor: float = 0.0
 ) -> DoubleDouble:
     """Run the fused loop over all elements and return the sum of the terms."""
-    total = DoubleDouble()
     if x.size == 0:
-        return total
-    bits = _bits(x.dtype)
+        return DoubleDouble()
+    if x.itemsize == 2:
+        bits = np.uint16 if x.dtype == FLOAT16 else np.int16
+        x, g = x.view(bits), g.view(bits)
+    if x.flags.c_contiguous and g.flags.c_contiguous:  # the usual case, at the least expense
+        kernel = _kernel(term, update, x.dtype, "C", x.size >= _PARALLEL_FROM)
+        return DoubleDouble(*kernel(x.reshape(1, 1, -1), g.reshape(1, 1, -1), lam, divisor))
+    total = DoubleDouble()
     for xs, gs in _three_axes(*collapse(x, g)):
         layout = "C" if xs.flags.c_contiguous and gs.flags.c_contiguous else "A"
         kernel = _kernel(term, update, x.dtype, layout, xs.size >= _PARALLEL_FROM)
-        found = kernel(xs.view(bits), gs.view(bits), lam, divisor)
-        total = total.merge(DoubleDouble(*found))
+        total = total.merge(DoubleDouble(*kernel(xs, gs, lam, divisor)))
     return total
 
 
