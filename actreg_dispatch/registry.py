@@ -229,10 +229,10 @@ def usable(name: str, source: str) -> Backend:
 
 def check_name(name: Any, source: str) -> str:
     """Return ``name`` in the registry's spelling, or raise an error that begins with ``source``."""
-    spelled = name.strip().lower() if isinstance(name, str) else name
+    spelled = name.strip().lower() if isinstance(name, str) else None
     if spelled in ("", AUTO):
         return AUTO
-    if not isinstance(spelled, str) or spelled not in _ENTRIES:
+    if spelled is None or spelled not in _ENTRIES:
         raise UnknownBackendError(f"{source} names no backend; use one of: {AUTO}, {_known()}")
     return spelled
 

@@ -34,7 +34,7 @@ def move(array: Any, source: str, target: str) -> Any:
 
     if target == NUMPY:
         return cupy.asnumpy(array)
-    return cupy.asarray(np.ascontiguousarray(array, array.dtype.newbyteorder("=")))
+    return cupy.asarray(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
 
 
 def write_back(values: Any, source: str, destination: Any, target: str) -> None:

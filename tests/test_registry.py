@@ -142,7 +142,7 @@ def test_an_unknown_name_in_the_environment_is_named(monkeypatch):
     assert not gradients.any()
 
 
-@pytest.mark.parametrize("name", ["bogus", 3, None])
+@pytest.mark.parametrize("name", ["bogus", 3, None, ["numpy"], np.ones(2)])
 def test_an_unknown_name_is_refused_everywhere(name):
     with pytest.raises(UnknownBackendError, match=r"name=.* use one of: auto, numba, numpy, cupy"):
         get_backend(name)
@@ -397,6 +397,11 @@ def test_arrays_on_two_devices_are_refused(cupy):
     here, there = (types.SimpleNamespace(device=f"<CUDA Device {i}>") for i in range(2))
     with pytest.raises(ValueError, match=r"gradients are on .* 1> but activations on .* 0>; move"):
         get_backend("cupy").apply(here, there, "l1", 0.5, 0.0)
+
+
+def test_a_dtype_that_the_device_does_not_take_is_told(cupy):
+    with pytest.raises(TypeError, match=r"backend 'cupy' does not take float16.*convert them"):
+        ActivityRegularization(0.5).apply(cupy.ones(3, "f2"), cupy.ones(3, "f2"))
 
 
 def test_cupy_arrays_stay_on_the_device_unasked(cupy, served_by):
