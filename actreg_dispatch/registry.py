@@ -179,7 +179,7 @@ def _load(entry: _Entry) -> str:
 
 
 def _known() -> str:
-    return ", ".join(_ENTRIES)
+    return ", ".join(backend_names())
 
 
 def available_backends() -> tuple[str, ...]:
@@ -190,7 +190,7 @@ def available_backends() -> tuple[str, ...]:
     >>> "numpy" in available_backends()
     True
     """
-    return tuple(name for name in _ENTRIES if not why_unavailable(name))
+    return tuple(name for name in backend_names() if not why_unavailable(name))
 
 
 def get_backend(name: str) -> Backend:
@@ -320,13 +320,14 @@ def array_type_of(cls: type) -> str | None:
     """Return the dotted name of the registered array type that ``cls`` belongs to, or None."""
     known = _ARRAY_TYPES.get(cls)
     if known is None:
-        nearest: type = object
-        for array_type in {entry.array_type for entry in _ENTRIES.values()}:
-            module, _, attribute = array_type.rpartition(".")
-            base = getattr(sys.modules.get(module), attribute, None)
-            if isinstance(base, type) and issubclass(cls, base) and issubclass(base, nearest):
-                nearest = base
-                known = _ARRAY_TYPES[cls] = array_type
+        with _LOCK:
+            nearest: type = object
+            for array_type in {entry.array_type for entry in _ENTRIES.values()}:
+                module, _, attribute = array_type.rpartition(".")
+                base = getattr(sys.modules.get(module), attribute, None)
+                if isinstance(base, type) and issubclass(cls, base) and issubclass(base, nearest):
+                    nearest = base
+                    known = _ARRAY_TYPES[cls] = array_type
     return known
 
 
@@ -361,7 +362,11 @@ def choose(
     """
     name, source = requested(explicit)
     key = name, array_type, dtype, aligned
-    backend, target = _DECISIONS.get(key) or _DECISIONS.setdefault(key, _decide(*key, source))
+    decision = _DECISIONS.get(key)
+    if decision is None:
+        with _LOCK:
+            decision = _DECISIONS[key] = _decide(*key, source)
+    backend, target = decision
     if logger.isEnabledFor(logging.DEBUG):
         moves = "" if target == array_type else f", moved from {array_type} to {target}"
         logger.debug("backend %s for %s %s by %s%s", backend.name, array_type, dtype, source, moves)
@@ -387,7 +392,7 @@ def _decide(
 
 def _by_array_type(array_type: str, dtype: np.dtype[Any]) -> str:
     """Return the first usable backend for the arrays, or the first one, to be complained about."""
-    names = [name for name, entry in _ENTRIES.items() if entry.array_type == array_type]
+    names = [name for name in backend_names() if _ENTRIES[name].array_type == array_type]
     for name in names:
         backend = None if why_unavailable(name) else _ENTRIES[name].backend
         if backend is not None and dtype in backend.dtypes:

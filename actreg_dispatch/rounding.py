@@ -27,8 +27,10 @@ merges cost anything: together less than N·2⁻¹⁰².
   :func:`compensated_bound`, 2⁻⁷⁷ + N·2⁻¹⁰².
 
 Both hold unless a term or a sum leaves binary64's range, which :func:`certified` watches:
-TwoProduct is exact for a square ≥ 2⁻⁹⁶⁸, smaller ones lose less than 2⁻¹⁰⁷⁴ each, nothing beside an
+TwoProduct is exact for a square ≥ 2⁻⁹⁶⁸, smaller ones lose less than 2⁻¹⁰⁷⁰ each, nothing beside an
 S ≥ 2⁻⁹⁰⁰, and an overflow shows as an infinite hi.
+
+Which of several NaN survives, its sign and its payload, is left open, as IEEE 754 leaves it.
 
 :func:`two_sum`, :func:`two_product` and :func:`merge_pairs` are plain Python on plain numbers.
 The Numba backend compiles these same functions, so the arithmetic is written down once.
@@ -120,7 +122,7 @@ def two_product(a: Real, b: Real) -> tuple[Real, Real]:
     """Return ``p = fl(a * b)`` and ``e`` with ``p + e == a * b`` exactly (Dekker).
 
     Exact as long as no part overflows or is subnormal: ``|a|, |b| < 2**996`` and
-    ``|a * b| >= 2**-968``.
+    ``2**-968 <= |a * b| < 2**1023``.
     """
     p = a * b
     t = _SPLIT * a
@@ -142,10 +144,8 @@ def merge_pairs(a_hi: float, a_lo: float, b_hi: float, b_lo: float) -> tuple[flo
     """
     s, e = two_sum(a_hi, b_hi)
     e += a_lo + b_lo
-    if not math.isfinite(s):
-        return s, 0.0
-    hi = s + e
-    return hi, e - (hi - s)
+    hi = s + e if math.isfinite(s) else s
+    return hi, e - (hi - s) if math.isfinite(hi) else 0.0
 
 
 class DoubleDouble(NamedTuple):
@@ -269,17 +269,18 @@ class ExactSum:
 
     def add(self, array: np.ndarray[Any, Any]) -> None:
         """Add the terms of all elements of ``array``, of any supported dtype and strides."""
-        if array.dtype.kind == "V":  # ml_dtypes' bfloat16, which nditer does not cast
-            array = array.astype(FLOAT32)
-        chunks: Iterable[Any] = np.nditer(
-            array,
-            flags=["buffered", "external_loop", "zerosize_ok"],
-            op_dtypes=[FLOAT64],
-            buffersize=self._CHUNK,
-        )
-        for chunk in chunks:
-            for start in range(0, chunk.size, self._CHUNK):  # unbuffered where it is contiguous
-                self._add_chunk(np.abs(chunk[start : start + self._CHUNK]))
+        with np.errstate(invalid="ignore"):  # a signaling NaN is a NaN
+            if array.dtype.kind == "V":  # ml_dtypes' bfloat16, which nditer does not cast
+                array = array.astype(FLOAT32)
+            chunks: Iterable[Any] = np.nditer(
+                array,
+                flags=["buffered", "external_loop", "zerosize_ok"],
+                op_dtypes=[FLOAT64],
+                buffersize=self._CHUNK,
+            )
+            for chunk in chunks:
+                for start in range(0, chunk.size, self._CHUNK):  # unbuffered if contiguous
+                    self._add_chunk(np.abs(chunk[start : start + self._CHUNK]))
 
     def _add_chunk(self, magnitudes: np.ndarray[Any, np.dtype[np.float64]]) -> None:
         largest = float(magnitudes.max(initial=0.0))

@@ -120,6 +120,21 @@ def test_nan_and_infinity_in_every_position(name, norm, dtype, bad):
         np.testing.assert_array_equal(gradients.astype(np.float64), expected)
 
 
+@dtypes
+def test_every_nan_in_the_gradients_becomes_the_same_quiet_nan(dtype):
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.itemsize]
+    ones = np.array(np.inf, dtype).view(bits)
+    sign = bits(1) << bits(8 * dtype.itemsize - 1)
+    nans = np.concatenate([ones + bits([1, 7, 0]), sign + ones + bits([1, 7, 0])]).view(dtype)
+    results = []
+    for name in ("numpy", "numba"):
+        gradients = nans.copy()
+        ActivityRegularization(0.5, backend=name).apply(np.ones(6, dtype), gradients)
+        ActivityRegularization(0.5, backend=name).penalty(nans)
+        results.append(gradients.tobytes())
+    assert results[0] == results[1]
+
+
 @cpu
 def test_a_nan_outweighs_an_infinity(name):
     for order in ([math.inf, math.nan], [math.nan, math.inf]):

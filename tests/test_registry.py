@@ -220,6 +220,16 @@ def test_a_registered_backend_serves_its_array_type(toy, served_by):
     assert served_by(ToyArray(1.0, -2.0)) == "toy"
 
 
+def test_a_backend_may_register_another_while_it_loads(registered):
+    def load():
+        register_backend("second", Toy, array_type="toylib.Array")
+        return Toy()
+
+    register_backend("toy", load, array_type="toylib.Array")
+    assert "toy" in available_backends()
+    assert "second" in available_backends()
+
+
 def test_a_registered_backend_is_loaded_once_and_only_when_asked_for(registered):
     loads = []
 

@@ -48,6 +48,7 @@ def test_partial_sums_merge_to_the_rounded_sum_of_the_whole(parts):
 def test_a_sum_that_is_not_finite_is_its_hi():
     assert merge_pairs(math.inf, math.nan, 1.0, 0.0) == (math.inf, 0.0)
     assert merge_pairs(1e308, 0.0, 1e308, 0.0) == (math.inf, 0.0)
+    assert merge_pairs(1.7976931348623157e308, 2.0**969, 2.0**969, 0.0) == (math.inf, 0.0)
     assert math.isnan(merge_pairs(math.nan, 0.0, 1.0, 0.0)[0])
 
 

@@ -152,7 +152,8 @@ def _narrow(typingctx, like, value):  # type: ignore[no-untyped-def]
         bits = builder.bitcast(arguments[1], word)
         odd = builder.and_(builder.lshr(bits, word(16)), word(1))
         even = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
-        quiet = builder.or_(builder.lshr(bits, word(16)), word(0x40))
+        sign = builder.and_(builder.lshr(bits, word(16)), word(0x8000))
+        quiet = builder.or_(sign, word(0x7FC0))  # as ml_dtypes has it: the payload is not kept
         is_nan = builder.fcmp_unordered("uno", arguments[1], arguments[1])
         return builder.trunc(builder.select(is_nan, quiet, even), short)
 

@@ -49,9 +49,9 @@ def apply(
     """Add the gradient to ``gradients`` in place and return the penalty."""
     compute = COMPUTE_DTYPES[activations.dtype]
     found = exact_outcome(activations, norm, lam, epsilon)
-    x: Any = activations.astype(compute)
     strength = compute.type(lam)
     with np.errstate(all="ignore"):  # NaN, infinity and overflow propagate without a word
+        x: Any = activations.astype(compute)
         if norm is ActivityNorm.L1:
             added = strength * ((x > 0).astype(compute) - (x < 0).astype(compute))
         elif norm is ActivityNorm.L2_SQUARED:
