@@ -58,8 +58,9 @@ class Backend(Protocol):
 
     Any object will do; the ones that come with the package are modules. Arguments are checked
     before a backend sees them: ``activations`` is an array of the registered type whose dtype is
-    in ``dtypes``, ``gradients`` is a writable one of the same shape and dtype that shares no
-    memory with it, and ``lam`` is a float that the compute dtype T holds exactly.
+    in ``dtypes``, and a NumPy array is a plain ndarray, aligned unless the backend is the
+    reference. ``gradients`` is a writable one of the same shape and dtype that shares no memory
+    with it, and ``lam`` is a float that the compute dtype T holds exactly.
     """
 
     @property

@@ -286,4 +286,4 @@ def _returned(result: Any, source: str, activations: Any, target: str) -> Any:
     if target == NUMPY:
         return move(result, source, target)[()]
     with activations.device:
-        return move(np.asarray(result), source, target)
+        return move(result, source, target)

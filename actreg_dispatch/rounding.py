@@ -97,7 +97,6 @@ Real = TypeVar("Real", float, np.ndarray[Any, np.dtype[np.float64]])
 
 _SPLIT = 134217729.0  # 2**27 + 1 halves a 53-bit significand (Dekker)
 _SMALLEST = 2.0**-900  # smaller sums of squares may have lost terms to underflow
-_LARGEST = sys.float_info.max
 
 
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
@@ -289,11 +288,10 @@ class ExactSum:
             return
         if largest == 0.0:
             return
-        bits = magnitudes.view(np.uint64)
-        exponents = (bits >> np.uint64(52)).astype(np.intp)
-        significands = bits & np.uint64(2**52 - 1) | (exponents > 0).astype(np.uint64) << np.uint64(
-            52
-        )
+        bits, stored = magnitudes.view(np.uint64), np.uint64(52)
+        exponents = (bits >> stored).astype(np.intp)
+        leading = (exponents > 0).astype(np.uint64) << stored  # implied, but in subnormal numbers
+        significands = leading | (bits & np.uint64(2**52 - 1))
         shifts = np.maximum(exponents, 1) - 1
         half, mask = np.uint64(27), np.uint64(2**27 - 1)
         low, high = significands & mask, significands >> half
