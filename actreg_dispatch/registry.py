@@ -288,7 +288,7 @@ def _environment() -> str | None:
 try:
     _RAW_ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
     _RAW_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
-except AttributeError:  # pragma: no cover - an interpreter with another os.environ
+except AttributeError:  # an interpreter with another os.environ
     _RAW_ENVIRONMENT, _RAW_KEY = os.environ, ENVIRONMENT_VARIABLE
 
 

@@ -24,6 +24,14 @@ def test_the_examples_of_the_readme_run():
             exec(compile(block, "README.md", "exec"), {})
 
 
+def test_type_checkers_are_told_that_the_package_is_typed(python):
+    code = """
+from importlib.resources import files
+print(files("actreg_dispatch").joinpath("py.typed").is_file())
+"""
+    assert python("-c", code).stdout == "True\n"
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.name)
 def test_a_notebook_runs_and_is_kept_without_outputs(path, tmp_path):
     import nbformat
