@@ -25,7 +25,7 @@ from actreg_dispatch.registry import (
     use_backend,
 )
 from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.rounding import DoubleDouble
+from actreg_dispatch.rounding import PartialSum
 
 __all__ = [
     "ActivityNorm",
@@ -33,8 +33,8 @@ __all__ = [
     "Backend",
     "BackendError",
     "BackendUnavailableError",
-    "DoubleDouble",
     "MixedArraysError",
+    "PartialSum",
     "UnknownBackendError",
     "available_backends",
     "get_backend",

@@ -23,7 +23,7 @@ import numpy as np
 
 from actreg_dispatch.errors import BackendUnavailableError, UnknownBackendError
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import DoubleDouble
+from actreg_dispatch.rounding import PartialSum
 
 __all__ = [
     "AUTO",
@@ -32,6 +32,7 @@ __all__ = [
     "NUMPY",
     "Backend",
     "array_type_of",
+    "asked_by_context",
     "available_backends",
     "backend_names",
     "check_name",
@@ -78,8 +79,8 @@ class Backend(Protocol):
     def is_available(self) -> bool:
         """Whether the backend can run here. Never raises, never slow twice."""
 
-    def partial_sum(self, activations: Any, norm: ActivityNorm) -> DoubleDouble:
-        """Return Σ|x| for ``L1``, Σx² for the others, as a pair of floats on the host."""
+    def partial_sum(self, activations: Any, norm: ActivityNorm) -> PartialSum:
+        """Return Σ|x| for ``L1``, Σx² for the others, exactly, on the host."""
 
     def penalty(self, activations: Any, norm: ActivityNorm, lam: float) -> Any:
         """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
@@ -281,15 +282,18 @@ def _environment() -> str | None:
     ``os.environ.get`` encodes and decodes on every call, which costs more than a small kernel
     does (1 µs against 0.04 µs); the dict under it holds what ``os.environ`` writes.
     """
-    value = _RAW_ENVIRONMENT.get(_RAW_KEY)
+    value = RAW_ENVIRONMENT.get(RAW_KEY)
     return value if value is None else os.fsdecode(value)
 
 
 try:
-    _RAW_ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
-    _RAW_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+    RAW_ENVIRONMENT: Any = os.environ._data  # type: ignore[attr-defined]
+    RAW_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 except AttributeError:  # an interpreter with another os.environ
-    _RAW_ENVIRONMENT, _RAW_KEY = os.environ, ENVIRONMENT_VARIABLE
+    RAW_ENVIRONMENT, RAW_KEY = os.environ, ENVIRONMENT_VARIABLE
+
+
+asked_by_context = _OVERRIDE.get
 
 
 def requested(explicit: str | None = None) -> tuple[str, str]:
@@ -333,7 +337,12 @@ def array_type_of(cls: type) -> str | None:
 
 
 def choose(
-    array_type: str, dtype: np.dtype[Any], explicit: str | None, *, aligned: bool = True
+    array_type: str,
+    dtype: np.dtype[Any],
+    explicit: str | None,
+    *,
+    aligned: bool = True,
+    log: bool = True,
 ) -> tuple[Backend, str]:
     """Return the backend that serves arrays of this type and dtype, and the array type it takes.
 
@@ -347,6 +356,8 @@ def choose(
         The checked ``backend=`` argument; None when there is none.
     aligned : bool
         Whether their elements lie at multiples of their size.
+    log : bool
+        Whether to log the decision.
 
     Returns
     -------
@@ -368,7 +379,7 @@ def choose(
         with _LOCK:
             decision = _DECISIONS[key] = _decide(*key, source)
     backend, target = decision
-    if logger.isEnabledFor(logging.DEBUG):
+    if log and logger.isEnabledFor(logging.DEBUG):
         moves = "" if target == array_type else f", moved from {array_type} to {target}"
         logger.debug("backend %s for %s %s by %s%s", backend.name, array_type, dtype, source, moves)
     return backend, target

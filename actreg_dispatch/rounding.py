@@ -11,29 +11,36 @@ the results is monotone: rounding, multiplication by λ ≥ 0, the square root, 
 both ends of the bracket give the same results, S gives them too, and so does any other order of
 summation. :func:`certified` evaluates both ends.
 
-**The bounds β**, for N terms ≥ 0 and u = 2⁻⁵³. A backend adds at most ``LANE_TERMS`` = 2¹³ terms
-to one lane, in whatever order, and merges lanes, blocks and views by :func:`merge_pairs`. That
-has a relative error below 4u² (its proof is there), and none if one side is empty, so fewer than 3N
-merges cost anything: together less than N·2⁻¹⁰².
+**The bounds β**, for N terms ≥ 0 and u = 2⁻⁵³. A backend adds up tiles of the array in one of the
+two ways below and merges tiles, blocks and views by :func:`merge_pairs`. That has a relative error
+below 4u² (its proof is there), and none if one side is empty, so fewer than 2N merges cost
+anything: together less than N·2⁻¹⁰³.
 
-* *Plain lanes*: each addition has a relative error of at most u and what it adds to is a sum of at
-  most 2¹³ of the terms, so a lane is off by at most 2¹³·u·(1 + 2¹⁴·u) < 2⁻³⁹ of itself. Squares of
-  16- and 32-bit floats are exact in binary64. :data:`PLAIN_BOUND` is 2⁻³⁸, which leaves 2⁻³⁹ for
-  the merges, enough for N < 2⁶³.
-* *Compensated lanes*: hi takes every term by TwoSum, whose error is exact and at most u times a
-  sum ≤ S, as is the error of TwoProduct; lo adds up these two. So lo stays below 2·2¹³·u of the
-  lane, and its 2·2¹³ additions lose at most u times that each: 2²⁸·u² = 2⁻⁷⁸ of the lane. The first
-  merge of a lane has an unnormalized lo, which costs 2u·2¹⁴·u more, below 2⁻⁹⁰. Hence
-  :func:`compensated_bound`, 2⁻⁷⁷ + N·2⁻¹⁰².
+* *Plain tiles*, for 16- and 32-bit floats, whose squares are exact in binary64, hold at most
+  ``PLAIN_TERMS`` = 2¹⁴ terms. The compiler adds them up in whatever tree suits its vectors. A term
+  passes through fewer than 2¹⁴ additions, each off by at most u of a sum that is at most the
+  tile's, so the tile is off by less than 2¹⁴·u·(1 + 2¹⁵·u) < 2⁻³⁸·⁹ of itself.
+* *Anchored tiles*, for float64, hold at most ``ANCHORED_TERMS`` = 2¹⁰ terms. Let the largest of
+  the rounded terms p lie in [2ᵉ, 2ᵉ⁺¹) and the anchor be M = 2ᵉ⁺¹⁰. Then ``h = (p + M) − M`` is p
+  rounded to a multiple of ulp(M) = 2ᵉ⁻⁴², and ``p − h`` is exact (Dekker's FastTwoSum, as M > p).
+  The sum of the h is a multiple of 2ᵉ⁻⁴² that never exceeds 2ᵉ⁺¹¹, so it needs at most 53 bits and
+  is exact in any tree. What a fused multiply-add tells of the rounding of a square is added to
+  p − h, which leaves remainders of at most 2ᵉ⁻⁴³·(1 + 2⁻⁸). Their own rounding costs less than
+  2ᵉ⁻⁸⁵ in all, and adding up 2¹⁰ of them in any tree less than 2¹⁰·u·2¹⁰·2ᵉ⁻⁴³·(1 + 2⁻⁷), together
+  less than 2ᵉ⁻⁷⁵·⁹. As the tile's sum is at least 2ᵉ·(1 − u), that is below 2⁻⁷⁵·⁸ of it. This is
+  the error-free extraction of Rump, Ogita and Oishi [4]_. It takes 2⁻⁹⁰⁰ ≤ p < 2¹⁰¹⁴: the anchor
+  must not overflow, and the remainder of a square is exact only if the square is ≥ 2⁻⁹⁶⁸ (smaller
+  ones lose less than 2⁻¹⁰⁷⁰ each, nothing beside 2⁻⁹⁰⁰). The sum of a tile whose largest term lies
+  outside is made infinite, unless it is 0.
 
-Both hold unless a term or a sum leaves binary64's range, which :func:`certified` watches:
-TwoProduct is exact for a square ≥ 2⁻⁹⁶⁸, smaller ones lose less than 2⁻¹⁰⁷⁰ each, nothing beside an
-S ≥ 2⁻⁹⁰⁰, and an overflow shows as an infinite hi.
+:data:`PLAIN_BOUND` = 2⁻³⁸ leaves room for the merges of N < 2⁶³ terms; :func:`anchored_bound`
+is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done again in integers.
 
 Which of several NaN survives, its sign and its payload, is left open, as IEEE 754 leaves it.
 
-:func:`two_sum`, :func:`two_product` and :func:`merge_pairs` are plain Python on plain numbers.
-The Numba backend compiles these same functions, so the arithmetic is written down once.
+:func:`two_sum`, :func:`merge_pairs`, :func:`results_of` and :func:`certified` are plain Python on
+plain numbers. The Numba backend compiles these same functions, so the arithmetic is written down
+once.
 
 References
 ----------
@@ -42,13 +49,16 @@ References
 .. [2] D. E. Knuth, The Art of Computer Programming 2, section 4.2.2 (TwoSum).
 .. [3] A. Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last
    bit", ACM Transactions on Mathematical Software 17, 1991.
+.. [4] S. M. Rump, T. Ogita and S. Oishi, "Accurate floating-point summation part I: faithful
+   rounding", SIAM Journal on Scientific Computing 31, 2008.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
 
@@ -57,22 +67,22 @@ import numpy as np
 from actreg_dispatch.norms import ActivityNorm
 
 __all__ = [
+    "ANCHORED_TERMS",
     "COMPUTE_DTYPES",
-    "LANE_TERMS",
     "NATIVE_DTYPES",
     "PLAIN_BOUND",
-    "DoubleDouble",
-    "ExactSum",
+    "PLAIN_TERMS",
+    "REFUSED",
+    "UNDECIDED",
     "Outcome",
+    "PartialSum",
+    "anchored_bound",
     "certified",
-    "compensated_bound",
     "compute_dtype",
-    "exact_outcome",
     "exact_sum",
     "merge_pairs",
-    "outcome_of",
+    "results_of",
     "round_to",
-    "two_product",
     "two_sum",
 ]
 
@@ -90,13 +100,11 @@ COMPUTE_DTYPES: dict[np.dtype[Any], np.dtype[Any]] = {
 }
 """Supported dtype of the activations -> dtype T that gradient and penalty are computed in."""
 
-LANE_TERMS = 8192
+PLAIN_TERMS = 1 << 14
 PLAIN_BOUND = 2.0**-38
+ANCHORED_TERMS = 1 << 10
 
 Real = TypeVar("Real", float, np.ndarray[Any, np.dtype[np.float64]])
-
-_SPLIT = 134217729.0  # 2**27 + 1 halves a 53-bit significand (Dekker)
-_SMALLEST = 2.0**-900  # smaller sums of squares may have lost terms to underflow
 
 
 def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
@@ -110,27 +118,16 @@ def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
     return known
 
 
+def anchored_bound(size: int) -> float:
+    """Return the relative error bound of a sum of ``size`` terms in anchored tiles."""
+    return 2.0**-75 + size * 2.0**-102
+
+
 def two_sum(a: Real, b: Real) -> tuple[Real, Real]:
     """Return ``s = fl(a + b)`` and ``e`` with ``s + e == a + b`` exactly (Knuth)."""
     s = a + b
     b_rounded = s - a
     return s, (a - (s - b_rounded)) + (b - b_rounded)
-
-
-def two_product(a: Real, b: Real) -> tuple[Real, Real]:
-    """Return ``p = fl(a * b)`` and ``e`` with ``p + e == a * b`` exactly (Dekker).
-
-    Exact as long as no part overflows or is subnormal: ``|a|, |b| < 2**996`` and
-    ``2**-968 <= |a * b| < 2**1023``.
-    """
-    p = a * b
-    t = _SPLIT * a
-    a_high = t - (t - a)
-    a_low = a - a_high
-    t = _SPLIT * b
-    b_high = t - (t - b)
-    b_low = b - b_high
-    return p, ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 def merge_pairs(a_hi: float, a_lo: float, b_hi: float, b_lo: float) -> tuple[float, float]:
@@ -147,85 +144,63 @@ def merge_pairs(a_hi: float, a_lo: float, b_hi: float, b_lo: float) -> tuple[flo
     return hi, e - (hi - s) if math.isfinite(hi) else 0.0
 
 
-class DoubleDouble(NamedTuple):
-    """The partial sum ``hi + lo`` of |x| or x² over a piece of the activations.
+def results_of(
+    total: float, lam: float, epsilon: float, root: bool, real: Callable[[float], Any]
+) -> tuple[Any, Any, bool]:
+    """Return what a rounded sum leads to: penalty, divisor, and whether there is a gradient.
 
-    ``hi`` is the sum rounded to binary64, ``lo`` what that rounding left over.
-
-    Examples
-    --------
-    >>> DoubleDouble(2.0**53).merge(DoubleDouble(1.0))
-    DoubleDouble(hi=9007199254740992.0, lo=1.0)
+    Parameters
+    ----------
+    total : float
+        ``RN64(S)``.
+    lam, epsilon : float
+        λ, a value of T, and the sum of squares up to which L2 has no gradient.
+    root : bool
+        Whether the norm is L2. For the others the divisor is 0 and there always is a gradient.
+    real : callable
+        Rounds a binary64 number to T: the type itself, or a function.
     """
-
-    hi: float = 0.0
-    lo: float = 0.0
-
-    def merge(self, other: DoubleDouble) -> DoubleDouble:
-        """Return the partial sum of both pieces together."""
-        return DoubleDouble(*merge_pairs(self.hi, self.lo, other.hi, other.lo))
-
-
-class Outcome(NamedTuple):
-    """All that depends on the sum: rounded once it is known, or known to be rounded right."""
-
-    penalty: float  # a value of T
-    divisor: float  # ‖x‖, a value of T; 0 for other norms than L2
-    has_gradient: bool  # False where L2 is at most epsilon
-
-
-def compensated_bound(size: int) -> float:
-    """Return the relative error bound of a sum of ``size`` terms in compensated lanes."""
-    return 2.0**-77 + size * 2.0**-102
+    if root:
+        size = math.sqrt(total)
+        return real(lam * size), real(size), not total <= epsilon
+    return real(lam * total), real(0.0), True
 
 
 def certified(
-    total: DoubleDouble,
+    hi: float,
+    lo: float,
     bound: float,
-    norm: ActivityNorm,
     lam: float,
-    compute: np.dtype[Any],
     epsilon: float,
-) -> Outcome | None:
-    """Return what the sum leads to if ``total``, off by ``bound`` times itself, decides it.
+    root: bool,
+    real: Callable[[float], Any],
+) -> tuple[Any, Any, bool, bool]:
+    """Return :func:`results_of` the sum ``hi + lo``, and whether they are certain.
 
-    None means that the exact sum is needed: the bracket straddles a rounding boundary, or
-    binary64's range was left. A sum that is NaN, or infinite in float32, is what it is.
+    They are if the sum is finite and ``bound``, its relative error, leaves no other results
+    possible.
     """
-    hi, lo = total
-    if hi != hi or (hi == math.inf and compute == FLOAT32):
-        return outcome_of(hi, norm, lam, compute, epsilon)
-    if hi == math.inf or (hi < _SMALLEST and norm is not ActivityNorm.L1 and compute == FLOAT64):
-        return None
     margin = 2.0 * bound * hi  # twice, to cover the rounding of what follows and of hi + lo
-    low, high = hi + (lo - margin), hi + (lo + margin)
-    outcome = outcome_of(low, norm, lam, compute, epsilon)
-    if low != high and outcome != outcome_of(high, norm, lam, compute, epsilon):
-        return None
-    return outcome
+    penalty, divisor, gradient = results_of(hi + (lo - margin), lam, epsilon, root, real)
+    penalty_above, divisor_above, gradient_above = results_of(
+        hi + (lo + margin), lam, epsilon, root, real
+    )
+    certain = penalty == penalty_above and divisor == divisor_above and gradient == gradient_above
+    return penalty, divisor, gradient, certain and math.isfinite(hi)
 
 
-def outcome_of(
-    total: float | Fraction,
-    norm: ActivityNorm,
-    lam: float,
-    compute: np.dtype[Any],
-    epsilon: float,
-) -> Outcome:
-    """Return what the rounded sum ``RN64(S)`` leads to.
+REFUSED = -1.0
+"""In place of a penalty: nothing has been done."""
+UNDECIDED = -2.0
+"""In place of a penalty: all is written, but the penalty takes an exact sum."""
 
-    The expressions are evaluated in binary64 and rounded to T once, at the end. ``total`` is a
-    Fraction where it lies outside binary64's normal range.
-    """
-    if norm is ActivityNorm.L2:
-        root = _root(total) if isinstance(total, Fraction) else math.sqrt(total)
-        penalty, divisor = lam * root, _rounded(compute, root)
-    elif isinstance(total, Fraction):
-        penalty, divisor = _binary64(Fraction(lam) * total), 0.0
-    else:
-        penalty, divisor = lam * total, 0.0
-    has_gradient = norm is not ActivityNorm.L2 or not total <= epsilon
-    return Outcome(_rounded(compute, penalty), divisor, has_gradient)
+
+class Outcome(NamedTuple):
+    """All that depends on the sum, in values of T."""
+
+    penalty: float
+    divisor: float  # ‖x‖; 0 for other norms than L2
+    has_gradient: bool  # False where L2 is at most epsilon
 
 
 def round_to(dtype: np.dtype[Any], value: float) -> np.floating[Any]:
@@ -237,116 +212,174 @@ def round_to(dtype: np.dtype[Any], value: float) -> np.floating[Any]:
     return scalar(value)  # type: ignore[no-any-return]
 
 
-def _rounded(compute: np.dtype[Any], value: float) -> float:
-    return value if compute == FLOAT64 else float(round_to(compute, value))
-
-
 # Exactly, in integers.
 
+LIMB = 27
+"""Bits of a limb: half of a significand, so that a product of two fits an integer of 64 bits."""
 
-class ExactSum:
-    """The exact partial sum of |x| or x² over pieces of the activations, an integer and a scale.
 
-    Parameters
+@dataclass(frozen=True)
+class PartialSum:
+    """The exact sum of |x| or x² over a piece of the activations.
+
+    Partial sums add up with ``+`` or :func:`sum`, without rounding: whatever the pieces and
+    whatever the order, the total is that of the whole. They can be compared, pickled and sent to
+    other processes. ``float(total)`` is the sum rounded to binary64.
+
+    Attributes
     ----------
-    norm : ActivityNorm
-        ``L1`` for Σ|x|, another for Σx².
+    degree : int
+        1 for a sum of |x|, 2 for a sum of x².
+    dtype : numpy.dtype
+        The compute dtype T of the activations.
+    units : int
+        The sum in units of ``2**(-1074 * degree)``.
+    special : float
+        Infinity or NaN, once met, else 0.
 
-    Notes
-    -----
-    A binary64 magnitude is ``m · 2**(e - 1075)`` with ``m < 2**53`` and ``1 <= e < 2047``. The
-    significands, or their squares, are cut into limbs of 27 bits, and the limbs of one exponent
-    are summed: a sum of 2¹⁶ numbers below 2²⁸ is exact in binary64, in any order.
+    Examples
+    --------
+    >>> from actreg_dispatch import ActivityRegularization
+    >>> reg = ActivityRegularization.l2(1.0)
+    >>> total = reg.partial_sum(np.array([3.0])) + reg.partial_sum(np.array([4.0]))
+    >>> float(total), float(reg.finish(total))
+    (25.0, 5.0)
     """
 
-    _CHUNK = 1 << 16
+    degree: int
+    dtype: np.dtype[Any]
+    units: int = 0
+    special: float = 0.0
 
-    def __init__(self, norm: ActivityNorm) -> None:
-        self._degree = 1 if norm is ActivityNorm.L1 else 2
-        self._total = 0  # in units of 2**-1074, or of its square
-        self._special = 0.0  # infinity or NaN, once met
+    def __add__(self, other: PartialSum) -> PartialSum:
+        """Return the sum over both pieces.
 
-    def add(self, array: np.ndarray[Any, Any]) -> None:
-        """Add the terms of all elements of ``array``, of any supported dtype and strides."""
-        with np.errstate(invalid="ignore"):  # a signaling NaN is a NaN
-            if array.dtype.kind == "V":  # ml_dtypes' bfloat16, which nditer does not cast
-                array = array.astype(FLOAT32)
-            chunks: Iterable[Any] = np.nditer(
-                array,
-                flags=["buffered", "external_loop", "zerosize_ok"],
-                op_dtypes=[FLOAT64],
-                buffersize=self._CHUNK,
+        Raises
+        ------
+        ValueError
+            If the two are not of one norm and dtype.
+        """
+        if not isinstance(other, PartialSum):
+            return NotImplemented
+        if (self.degree, self.dtype) != (other.degree, other.dtype):
+            raise ValueError(
+                f"other sums |x|**{other.degree} for {other.dtype} penalties, this one "
+                f"|x|**{self.degree} for {self.dtype}; add sums of one norm and one compute dtype"
             )
-            for chunk in chunks:
-                for start in range(0, chunk.size, self._CHUNK):  # unbuffered if contiguous
-                    self._add_chunk(np.abs(chunk[start : start + self._CHUNK]))
+        units, special = self.units + other.units, self.special + other.special
+        return PartialSum(self.degree, self.dtype, units, special)
 
-    def _add_chunk(self, magnitudes: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-        largest = float(magnitudes.max(initial=0.0))
-        if not math.isfinite(largest):
-            self._special += largest  # NaN stays NaN, and infinity plus NaN is NaN
-            return
-        if largest == 0.0:
-            return
-        bits, stored = magnitudes.view(np.uint64), np.uint64(52)
-        exponents = (bits >> stored).astype(np.intp)
-        leading = (exponents > 0).astype(np.uint64) << stored  # implied, but in subnormal numbers
-        significands = leading | (bits & np.uint64(2**52 - 1))
-        shifts = np.maximum(exponents, 1) - 1
-        half, mask = np.uint64(27), np.uint64(2**27 - 1)
-        low, high = significands & mask, significands >> half
-        limbs = [low, high]
-        if self._degree == 2:
-            ends, middle, top = low * low, np.uint64(2) * low * high, high * high
-            limbs = [
-                ends & mask,
-                (ends >> half) + (middle & mask),
-                (middle >> half) + (top & mask),
-                top >> half,
-            ]
-        for place, limb in enumerate(limbs):
-            sums = np.bincount(shifts, limb.astype(np.float64))
-            for shift in np.flatnonzero(sums).tolist():
-                self._total += int(sums[shift]) << (self._degree * shift + 27 * place)
+    def __radd__(self, other: object) -> PartialSum:
+        return self if other == 0 else NotImplemented  # where the built-in sum starts
+
+    def __float__(self) -> float:
+        return self.special or _binary64(self._value())
 
     def rounded(self) -> float | Fraction:
         """Return the sum rounded to 53 bits: ``RN64(S)``, a Fraction outside the normal range."""
-        if self._special:
-            return self._special
         value = self._value()
-        if not value:
-            return 0.0
-        exponent = self._total.bit_length() - 1074 * self._degree
-        if -1021 < exponent < 1024:
-            return float(value)
+        exponent = self.units.bit_length() - 1074 * self.degree
+        if self.special or not value or -1021 < exponent < 1024:
+            return float(self)
         scale = Fraction(2) ** exponent
         return Fraction(float(value / scale)) * scale
 
-    def pair(self) -> DoubleDouble:
-        """Return the sum as a double-double: ``hi`` rounded from it, ``lo`` from the rest."""
-        if self._special:
-            return DoubleDouble(self._special)
-        value = self._value()
-        hi = _binary64(value)
-        return DoubleDouble(hi, _binary64(value - Fraction(hi)) if hi < math.inf else 0.0)
+    def outcome(self, norm: ActivityNorm, lam: float, epsilon: float) -> Outcome:
+        """Return what the sum leads to; ``lam`` is a value of T."""
+        total, root = self.rounded(), norm is ActivityNorm.L2
+        if isinstance(total, Fraction):
+            size = _root(total) if root else 0.0
+            penalty = lam * size if root else _binary64(Fraction(lam) * total)
+            results = self._real(penalty), self._real(size), not (root and total <= epsilon)
+        else:
+            results = results_of(total, lam, epsilon, root, self._real)
+        penalty, divisor, has_gradient = results
+        return Outcome(float(penalty), float(divisor), has_gradient)
+
+    def _real(self, value: float) -> Any:
+        return round_to(self.dtype, value)
 
     def _value(self) -> Fraction:
-        return Fraction(self._total, 1 << 1074 * self._degree)
+        return Fraction(self.units, 1 << 1074 * self.degree)
 
 
-def exact_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> ExactSum:
-    """Return Σ|x| for ``L1``, Σx² for the others, of one array."""
-    total = ExactSum(norm)
-    total.add(activations)
-    return total
+def degree_of(norm: ActivityNorm) -> int:
+    """Return the power of |x| that is summed for ``norm``."""
+    return 1 if norm is ActivityNorm.L1 else 2
 
 
-def exact_outcome(
-    activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: float, epsilon: float
-) -> Outcome:
-    """Return what the exact sum of ``activations`` leads to."""
-    total = exact_sum(activations, norm).rounded()
-    return outcome_of(total, norm, lam, COMPUTE_DTYPES[activations.dtype], epsilon)
+def limbs_of(degree: int) -> int:
+    """Return how many limbs hold a significand of 53 bits to the power ``degree``."""
+    return 2 * degree
+
+
+def units_of(bins: np.ndarray[Any, Any], degree: int) -> int:
+    """Return the sum that is spread over ``bins``, as :class:`PartialSum` counts it.
+
+    ``bins[shift, place]`` holds the limbs of weight ``2**(degree * shift + LIMB * place)``.
+    """
+    return sum(
+        int(bins[shift, place]) << (degree * shift + LIMB * place)
+        for shift, place in np.argwhere(bins).tolist()
+    )
+
+
+def exact_sum(array: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum:
+    """Return Σ|x| for ``L1``, Σx² for the others, of ``array``, of any supported dtype and strides.
+
+    A binary64 magnitude is ``m * 2**(shift - 1074)`` with ``m < 2**53`` and ``0 <= shift < 2046``.
+    The significands, or their squares, are cut into limbs, and the limbs of one shift are summed:
+    a sum of 2¹⁶ numbers below 2²⁸ is exact in binary64, in any order.
+    """
+    chunk_size = 1 << 16
+    degree, compute = degree_of(norm), COMPUTE_DTYPES[array.dtype]
+    bins = np.zeros((2046, limbs_of(degree)), np.int64)
+    special = 0.0
+    with np.errstate(invalid="ignore"):  # a signaling NaN is a NaN
+        if array.dtype.kind == "V":  # ml_dtypes' bfloat16, which nditer does not cast
+            array = array.astype(FLOAT32)
+        chunks: Iterable[Any] = np.nditer(
+            array,
+            flags=["buffered", "external_loop", "zerosize_ok"],
+            op_dtypes=[FLOAT64],
+            buffersize=chunk_size,
+        )
+        for chunk in chunks:
+            for start in range(0, chunk.size, chunk_size):  # unbuffered if contiguous
+                special += _spread(np.abs(chunk[start : start + chunk_size]), bins)
+    return PartialSum(degree, compute, units_of(bins, degree), special)
+
+
+def _spread(
+    magnitudes: np.ndarray[Any, np.dtype[np.float64]], bins: np.ndarray[Any, np.dtype[np.int64]]
+) -> float:
+    """Add the limbs of ``magnitudes`` to ``bins`` unless one is not finite; return that one, or 0.
+
+    NaN outweighs infinity.
+    """
+    largest = float(magnitudes.max(initial=0.0))
+    if not math.isfinite(largest):
+        return largest
+    bits, stored = magnitudes.view(np.uint64), np.uint64(52)
+    exponents = (bits >> stored).astype(np.intp)
+    leading = (exponents > 0).astype(np.uint64) << stored  # implied, but in subnormal numbers
+    significands = leading | (bits & np.uint64(2**52 - 1))
+    shifts = np.maximum(exponents, 1) - 1
+    half, mask = np.uint64(LIMB), np.uint64(2**LIMB - 1)
+    low, high = significands & mask, significands >> half
+    limbs = [low, high]
+    if bins.shape[1] == limbs_of(2):
+        ends, middle, top = low * low, np.uint64(2) * low * high, high * high
+        limbs = [
+            ends & mask,
+            (ends >> half) + (middle & mask),
+            (middle >> half) + (top & mask),
+            top >> half,
+        ]
+    for place, limb in enumerate(limbs):
+        sums = np.bincount(shifts, limb.astype(np.float64))
+        bins[: sums.size, place] += sums.astype(np.int64)
+    return 0.0
 
 
 def _binary64(value: Fraction) -> float:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from actreg_dispatch import ActivityNorm, DoubleDouble, get_backend
+from actreg_dispatch import ActivityNorm
 from actreg_dispatch.exact import exact_result, exact_sum
 
 DTYPES = (np.float32, np.float64)
@@ -212,24 +212,43 @@ def test_a_sum_beyond_float64_is_infinite(backend):
 
 @norms
 @dtypes
-def test_partial_sums_of_pieces_merge_to_the_whole(backend, norm, dtype):
+def test_the_sum_of_any_pieces_leads_to_the_penalty_of_the_whole(backend, norm, dtype):
     rng = np.random.default_rng(4)
     values = (rng.normal(size=1001) * 10.0 ** rng.uniform(-6, 6, 1001)).astype(dtype)
-    total = DoubleDouble()
-    for piece in np.split(values, [0, 1, 400, 900]):
-        total = total.merge(get_backend(backend.name).partial_sum(backend.array(piece), norm))
-    assert total.hi == float(exact_sum(values, norm))
-    whole = get_backend(backend.name).partial_sum(backend.array(values), norm)
-    assert total.hi == whole.hi
-    error = abs(exact_sum(values, norm) - sum(map(Fraction, whole)))
-    assert error <= exact_sum(values, norm) / 2**100
+    reg = backend.regularization(0.1, norm)
+    pieces = [reg.partial_sum(backend.array(p)) for p in np.split(values, [0, 1, 400, 900])]
+    whole = reg.partial_sum(backend.array(values))
+    assert sum(pieces) == sum(reversed(pieces)) == whole
+    assert whole.dtype == dtype
+    assert Fraction(whole.units, 2 ** (1074 * whole.degree)) == exact_sum(values, norm)
+    penalty = reg.finish(whole)
+    assert type(penalty) is dtype
+    assert penalty == backend.host(reg.penalty(backend.array(values)))
 
 
 @norms
-def test_partial_sum_of_what_is_not_finite(backend, norm):
-    partial_sum = get_backend(backend.name).partial_sum
-    assert partial_sum(backend.array([1.0, math.inf]), norm) == (math.inf, 0.0)
-    assert math.isnan(partial_sum(backend.array([1.0, math.nan]), norm).hi)
+def test_partial_sums_of_strided_subnormal_and_empty_pieces(backend, norm):
+    values = np.array([[5e-324, 1e-310, -2.5], [3.0, 1e300, 0.0], [-0.0, 7.0, 1.0]])
+    reg = backend.regularization(0.1, norm)
+    for piece in (values.T[::2, ::-1], values[:0], values[1, 1]):
+        exact = exact_sum(np.asarray(piece), norm)
+        found = reg.partial_sum(
+            backend.array(values).T[::2, ::-1] if piece.size == 6 else backend.array(piece)
+        )
+        assert Fraction(found.units, 2 ** (1074 * found.degree)) == exact
+
+
+@norms
+def test_the_partial_sum_of_what_is_not_finite(backend, norm):
+    reg = backend.regularization(0.1, norm)
+
+    def total(*values):
+        return float(reg.partial_sum(backend.array(values)))
+
+    assert total(1.0, -math.inf) == math.inf
+    assert math.isnan(total(math.inf, math.nan))
+    finite, infinite = (reg.partial_sum(backend.array([value])) for value in (1.0, math.inf))
+    assert float(reg.finish(finite + infinite)) == math.inf
 
 
 # Properties.

@@ -82,7 +82,7 @@ def compiled(source, architecture):
 
 
 def test_all_kernels_are_found():
-    assert len(KERNELS) == 7
+    assert len(KERNELS) == 8
     assert all(kernel.preamble == cupy_cuda.PREAMBLE for kernel in KERNELS)
 
 

@@ -15,17 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actreg_dispatch import ActivityNorm, ActivityRegularization, DoubleDouble
+from actreg_dispatch import ActivityNorm, ActivityRegularization
 from actreg_dispatch.backends import numba_cpu
 from actreg_dispatch.exact import binary64, exact_result, exact_sum, root_of, rounded
 from actreg_dispatch.rounding import (
     PLAIN_BOUND,
-    ExactSum,
     _root,
+    anchored_bound,
     certified,
-    compensated_bound,
-    outcome_of,
+    results_of,
+    round_to,
 )
+from actreg_dispatch.rounding import exact_sum as integer_sum
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), FLOAT32, FLOAT64]
@@ -62,15 +63,23 @@ DATA = {
 }
 
 
+def spread_out(values):
+    """Return a strided view of the same values."""
+    room = np.zeros((*values.shape, 2), values.dtype)
+    room[..., 0] = values
+    return room[..., 0]
+
+
 def assert_exact(name, activations, norm, lam=0.1, epsilon=None):
     rng = np.random.default_rng(9)
-    gradients = rng.normal(size=activations.shape).astype(activations.dtype)
-    penalty, updated = exact_result(activations, gradients, norm, lam, epsilon)
+    start = rng.normal(size=activations.shape).astype(activations.dtype)
+    penalty, updated = exact_result(activations, start, norm, lam, epsilon)
     reg = ActivityRegularization(lam, norm, epsilon=epsilon, backend=name)
-    for found in (reg.apply(activations, gradients), reg.penalty(activations)):
-        assert found.dtype == penalty.dtype
-        assert found.tobytes() == penalty.tobytes(), (found, penalty)
-    assert gradients.tobytes() == updated.tobytes()
+    for x, g in ((activations, start.copy()), (spread_out(activations), spread_out(start))):
+        for found in (reg.apply(x, g), reg.penalty(x)):
+            assert found.dtype == penalty.dtype
+            assert found.tobytes() == penalty.tobytes(), (found, penalty)
+        assert g.tobytes() == updated.tobytes()
 
 
 @cpu
@@ -175,55 +184,56 @@ def test_squared_l2_is_infinite_only_where_the_truth_is(name):
 
 
 @pytest.fixture
-def paths(monkeypatch):
-    """Record how often each kind of sum was taken."""
+def exact_sums(monkeypatch):
+    """Record the sums that were done again in integers."""
     taken = []
 
-    def run(term, *arguments):
-        taken.append("compensated" if "compensated" in term.__name__ else "plain")
-        return original(term, *arguments)
+    def partial_sum(x, norm):
+        taken.append(x.size)
+        return original(x, norm)
 
-    def outcome(*arguments):
-        taken.append("integers")
-        return exact(*arguments)
-
-    original, exact = numba_cpu._run, numba_cpu.exact_outcome
-    monkeypatch.setattr(numba_cpu, "_run", run)
-    monkeypatch.setattr(numba_cpu, "exact_outcome", outcome)
+    original = numba_cpu.partial_sum
+    monkeypatch.setattr(numba_cpu, "partial_sum", partial_sum)
     return taken
 
 
+@pytest.mark.parametrize("layout", [np.asarray, spread_out])
 @pytest.mark.parametrize(
-    ("values", "dtype", "expected", "result"),
+    ("values", "dtype", "certain", "result"),
     [
-        ([1.0, 2.0**-20], np.float32, ["plain"], 1 + 2.0**-20),
-        ([1.0, 2.0**-24], np.float32, ["plain", "compensated"], 1.0),
-        ([1.0, 2.0**-24, 2.0**-45], np.float32, ["plain", "compensated"], 1 + 2.0**-23),
-        ([1.0, 2.0**-24, 2.0**-30], np.float32, ["plain"], 1 + 2.0**-23),
-        ([1.0, 2.0**-52], np.float64, ["compensated"], 1 + 2.0**-52),
-        ([1.0, 2.0**-53, 2.0**-60], np.float64, ["compensated"], 1 + 2.0**-52),
-        ([1.0, 2.0**-53], np.float64, ["compensated", "integers"], 1.0),
-        ([1.0, 2.0**-53, 2.0**-140], np.float64, ["compensated", "integers"], 1 + 2.0**-52),
-        ([1.0, 3 * 2.0**-53], np.float64, ["compensated", "integers"], 1 + 2.0**-51),
+        ([1.0, 2.0**-20], np.float32, True, 1 + 2.0**-20),
+        ([1.0, 2.0**-24, 2.0**-30], np.float32, True, 1 + 2.0**-23),
+        ([1.0, 2.0**-24], np.float32, False, 1.0),
+        ([1.0, 2.0**-24, 2.0**-45], np.float32, False, 1 + 2.0**-23),
+        ([1.0, 2.0**-24, 2.0**-140], np.float32, False, 1.0),  # rounded to 53 bits first
+        ([1.0, 2.0**-52], np.float64, True, 1 + 2.0**-52),
+        ([1.0, 2.0**-53, 2.0**-60], np.float64, True, 1 + 2.0**-52),
+        ([1.0, 2.0**-53], np.float64, False, 1.0),
+        ([1.0, 2.0**-53, 2.0**-140], np.float64, False, 1 + 2.0**-52),
+        ([1.0, 3 * 2.0**-53], np.float64, False, 1 + 2.0**-51),
     ],
 )
-def test_on_and_beside_a_rounding_boundary(paths, values, dtype, expected, result):
-    values = np.array(values, dtype)
-    assert ActivityRegularization(1.0, backend="numba").penalty(values) == result
-    assert paths == expected
-    gradients = np.zeros_like(values)
-    assert ActivityRegularization(1.0, backend="numba").apply(values, gradients) == result
-    assert (gradients == 1).all()  # updated once, however often the sum is done again
+def test_on_and_beside_a_rounding_boundary(exact_sums, layout, values, dtype, certain, result):
+    values = layout(np.array(values, dtype))
+    reg = ActivityRegularization(1.0, backend="numba")
+    assert reg.penalty(values) == result
+    assert exact_sums == ([] if certain else [values.size])
+    for _ in range(2):
+        gradients = layout(np.zeros(values.size, dtype))
+        assert reg.apply(values, gradients) == result
+        assert (gradients == 1).all()  # updated once, however often the sum is done again
+    assert len(exact_sums) == (0 if certain else 3)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_real_data_seldom_needs_a_second_sum(paths, dtype):
+@pytest.mark.parametrize("size", [300, 40_000])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_real_data_seldom_needs_a_second_sum(exact_sums, dtype, size):
     rng = np.random.default_rng(6)
-    for _ in range(200):
-        values = rng.normal(size=300).astype(dtype)
-        ActivityRegularization(0.1, backend="numba").penalty(values)
-    assert paths.count("plain") == 200
-    assert paths.count("compensated") <= 2
+    for norm in ActivityNorm:
+        for _ in range(200 if size == 300 else 20):
+            values = rng.normal(size=size).astype(dtype)
+            ActivityRegularization(0.1, norm, backend="numba").penalty(values)
+    assert len(exact_sums) <= 2
 
 
 # The pieces.
@@ -234,15 +244,11 @@ magnitudes = st.floats(0, allow_nan=False, allow_infinity=False)
 @given(values=st.lists(magnitudes, max_size=40), norm=st.sampled_from(ActivityNorm))
 def test_integer_sums_are_exact(values, norm):
     array = np.array(values, np.float64)
-    total = ExactSum(norm)
-    for piece in np.array_split(array, 3):
-        total.add(piece)
     exact = exact_sum(array, norm)
-    assert total.rounded() == rounded(exact, 53)
-    hi, lo = total.pair()
-    assert hi == binary64(exact)
-    if 2.0**-900 < exact < 2.0**1000:
-        assert abs(Fraction(hi) + Fraction(lo) - exact) <= exact / 2**104
+    for sum_of in (integer_sum, numba_cpu.partial_sum):
+        total = sum(sum_of(piece, norm) for piece in np.array_split(array, 3))
+        assert total.rounded() == rounded(exact, 53)
+        assert float(total) == binary64(exact)
 
 
 @given(value=st.fractions(min_value=Fraction(1, 10**700), max_value=10**640))
@@ -255,21 +261,34 @@ def test_the_root_of_a_fraction_is_rounded_once(value):
 @given(
     hi=st.floats(1e-30, 1e30),
     offset=st.floats(-1, 1),
-    bound=st.sampled_from([PLAIN_BOUND, compensated_bound(10**6)]),
+    bound=st.sampled_from([PLAIN_BOUND, anchored_bound(10**6)]),
     lam=st.sampled_from([0.0, 0.1, 1.0, 3.0]),
-    norm=st.sampled_from(ActivityNorm),
+    root=st.booleans(),
     compute=st.sampled_from([FLOAT32, FLOAT64]),
     bits=st.sampled_from([24, 25, 53]),
 )
-def test_what_is_certified_is_right(hi, offset, bound, lam, norm, compute, bits):
-    """Whatever the truth within the bound, a certified outcome is the outcome of the truth."""
+def test_what_is_certified_is_right(hi, offset, bound, lam, root, compute, bits):
+    """Whatever the truth within the bound, certain results are those of the truth."""
     truth = rounded(Fraction(hi), bits)  # few bits make ties likely
     computed = truth * (1 + Fraction(bound) * Fraction(offset))
-    pair = DoubleDouble(float(computed), float(computed - Fraction(float(computed))))
-    lam = float(compute.type(lam))
-    found = certified(pair, bound, norm, lam, compute, 1e-7)
-    if found is not None:
-        assert found == outcome_of(float(truth), norm, lam, compute, 1e-7)
+    pair = float(computed), float(computed - Fraction(float(computed)))
+    options = float(compute.type(lam)), 1e-7, root, lambda value: round_to(compute, value)
+    *found, certain = certified(*pair, bound, *options)
+    if certain:
+        assert tuple(found) == results_of(float(truth), *options)
+
+
+@pytest.mark.parametrize("layout", [np.asarray, spread_out])
+@pytest.mark.parametrize("norm", [ActivityNorm.L1, ActivityNorm.L2_SQUARED])
+def test_anchored_sums_keep_within_their_bound(norm, layout):
+    rng = np.random.default_rng(12)
+    for size in (1, 5, 1023, 1024, 1025, 3000):
+        for low, high in ((0, 0), (-8, 0), (-20, 20), (-130, 130)):
+            values = rng.normal(size=size) * 10.0 ** rng.uniform(low, high, size)
+            values[rng.integers(size)] = 2.0 ** rng.integers(-3, 3)
+            hi, lo = numba_cpu._run(norm, None, layout(values), layout(values))
+            exact = exact_sum(values, norm)
+            assert abs(Fraction(hi) + Fraction(lo) - exact) <= anchored_bound(size) * exact
 
 
 # Threads and memory.

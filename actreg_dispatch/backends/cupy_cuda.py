@@ -24,7 +24,15 @@ import numpy as np
 
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import FLOAT32, FLOAT64, DoubleDouble
+from actreg_dispatch.rounding import (
+    FLOAT32,
+    FLOAT64,
+    LIMB,
+    PartialSum,
+    degree_of,
+    limbs_of,
+    units_of,
+)
 
 name = "cupy"
 dtypes = frozenset({FLOAT32, FLOAT64})
@@ -83,6 +91,11 @@ __device__ inline partial_sum absolute(double x) { return {fabs(x), 0.0}; }
 __device__ inline partial_sum square(double x) {
     const double p = x * x;
     return {p, fma(x, x, -p)};
+}
+
+// Add to a counter that all threads share.
+__device__ inline void count(long long* counter, long long amount) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(counter), (unsigned long long)amount);
 }
 
 // The gradient at x, rounded after every operation.
@@ -178,6 +191,38 @@ _UPDATE_L2 = cupy.ElementwiseKernel(
     no_return=True,
 )
 
+# The exact sum: the limbs of every element, or of its square, go to the bin of its exponent.
+_TALLY = cupy.ElementwiseKernel(
+    "T x, int64 degree",
+    "raw int64 bins",
+    f"""
+    const long long bits = __double_as_longlong(fabs(widen(x)));
+    const long long exponent = bits >> 52, mask = (1LL << {LIMB}) - 1;
+    long long significand = bits & ((1LL << 52) - 1);
+    if (exponent == 2047) {{
+        count(&bins[2 * degree * 2046 + (significand != 0)], 1);
+    }} else if (bits) {{
+        significand |= (long long)(exponent > 0) << 52;  // implied, but in subnormal numbers
+        const long long first = 2 * degree * max(exponent - 1, 0LL);
+        const long long low = significand & mask, high = significand >> {LIMB};
+        if (degree == 1) {{
+            count(&bins[first], low);
+            count(&bins[first + 1], high);
+        }} else {{
+            const long long ends = low * low, middle = 2 * low * high, top = high * high;
+            count(&bins[first], ends & mask);
+            count(&bins[first + 1], (ends >> {LIMB}) + (middle & mask));
+            count(&bins[first + 2], (middle >> {LIMB}) + (top & mask));
+            count(&bins[first + 3], top >> {LIMB});
+        }}
+    }}
+    """,
+    "actreg_tally",
+    preamble=PREAMBLE,
+    options=_OPTIONS,
+    no_return=True,
+)
+
 
 def _probe() -> str:
     """Return why no GPU can be used; empty if one can."""
@@ -196,14 +241,17 @@ def is_available() -> bool:
     return not unavailable_because
 
 
-def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> DoubleDouble:
-    """Return Σ|x| for ``L1``, Σx² for the others; waits for the device."""
+def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> PartialSum:
+    """Return Σ|x| for ``L1``, Σx² for the others, exactly; waits for the device."""
+    degree = degree_of(norm)
     with activations.device:
-        hi, lo = _pass(_sum_kernel(norm), activations, 0.0)
-        total = DoubleDouble()
-        for partial in zip(hi.tolist(), lo.tolist(), strict=True):
-            total = total.merge(DoubleDouble(*partial))
-        return total
+        bins = cupy.zeros((2047, limbs_of(degree)), np.int64)  # the last for infinity and NaN
+        if activations.size:
+            _TALLY(collapse(activations)[0], degree, bins)
+        found = bins.get()
+    infinite, nan = found[2046, :2].tolist()
+    special = float("nan") if nan else float("inf") if infinite else 0.0
+    return PartialSum(degree, activations.dtype, units_of(found[:2046], degree), special)
 
 
 def penalty(activations: cupy.ndarray, norm: ActivityNorm, lam: float) -> cupy.ndarray:

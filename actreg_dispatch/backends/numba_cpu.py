@@ -1,21 +1,29 @@
 """The CPU backend: one fused pass over memory in Numba, serial or parallel.
 
-An operation is a *term* that it sums and an *update* of the gradient; :func:`_kernel` makes one
-loop of the two. The loop runs over views of three axes (see :mod:`actreg_dispatch.layout`), in
-blocks of at most ``_BLOCK`` elements. A block is summed in ``_LANES`` partial sums side by side,
-which the compiler turns into vector instructions; lanes and blocks merge as double-doubles.
+What a pass does is put together from three small functions: a *magnitude*, |x| or x², a *sum* of
+the magnitudes along a row, plain or anchored (see :mod:`actreg_dispatch.rounding`), and an *update*
+of the gradient. Sums stay in vector registers. Two kinds of kernel are built of them:
 
-The lanes of 16- and 32-bit floats are plain binary64, those of float64 double-doubles. Whether that
-decides the result is asked of :func:`actreg_dispatch.rounding.certified`; if not, the sum, and the
-sum only, is done again: 16- and 32-bit floats in double-doubles, then anything in integers.
+* *flat* kernels take one-dimensional contiguous arrays and do the whole call: they check what a
+  caller may get wrong, sum, test the rounding, update. The API calls them before anything else, so
+  that a small array costs little more than the call of compiled code. What they do not take they
+  refuse, having written nothing.
+* *strided* kernels take views of three axes (see :mod:`actreg_dispatch.layout`), after validation,
+  and return the sum.
+
+Where the rounding test fails, the sum, and the sum only, is done again in integers.
 
 Numba knows no 16-bit floats on the CPU. The kernels get the bits, float16 as uint16 and bfloat16 as
 int16, and the type of the bits says how :func:`_widen` and :func:`_narrow` convert them.
+
+The functions that kernels are made of are plain Python, so that what a kernel closes over can be
+looked up by name, which Numba's cache on disk depends on.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,20 +37,28 @@ from numba.extending import intrinsic, register_jitable
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import (
+    ANCHORED_TERMS,
     COMPUTE_DTYPES,
     FLOAT16,
+    FLOAT32,
     FLOAT64,
-    LANE_TERMS,
+    LIMB,
     NATIVE_DTYPES,
     PLAIN_BOUND,
-    DoubleDouble,
+    PLAIN_TERMS,
+    REFUSED,
+    UNDECIDED,
     Outcome,
+    PartialSum,
+    anchored_bound,
     certified,
-    compensated_bound,
-    exact_outcome,
+    degree_of,
+    limbs_of,
     merge_pairs,
-    two_product,
+    results_of,
+    round_to,
     two_sum,
+    units_of,
 )
 
 name = "numba"
@@ -51,12 +67,12 @@ unavailable_because = (
     "NUMBA_DISABLE_JIT is set, which keeps Numba from compiling" if numba.config.DISABLE_JIT else ""
 )
 
-_LANES = 64
-_BLOCK = 16384  # elements; large beside the merging of lanes, small beside a cache
-_PARALLEL_FROM = 30_000  # elements; below, waking the threads costs more than they save
+PARALLEL_FROM = 30_000  # elements; below, waking the threads costs more than they save
+
+_BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 
 # Compiled code calls the shared arithmetic by its own name.
-for _function in (two_sum, two_product, merge_pairs):
+for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified):
     register_jitable(_function)
 
 
@@ -65,9 +81,14 @@ def is_available() -> bool:
     return not unavailable_because
 
 
-def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> DoubleDouble:
-    """Return Σ|x| for ``L1``, Σx² for the others, to the accuracy of :func:`compensated_bound`."""
-    return _run(_TERMS[norm, True], _leave, activations, activations)
+def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum:
+    """Return Σ|x| for ``L1``, Σx² for the others, exactly."""
+    degree, compute = degree_of(norm), COMPUTE_DTYPES[activations.dtype]
+    bins = np.zeros((2046, limbs_of(degree)), np.int64)
+    special = 0.0
+    for x, _ in _views(activations, activations):
+        special += _kernel(_tally, degree, x.dtype)(x, bins)
+    return PartialSum(degree, compute, units_of(bins, degree), special)
 
 
 def penalty(activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: float) -> Any:
@@ -87,11 +108,18 @@ def apply(
     if norm is ActivityNorm.L2:  # the divisor is a sum over all elements, hence two passes
         found = _outcome(activations, norm, lam, epsilon)
         if found.has_gradient:
-            _run(_add_nothing, _add_quotient, activations, gradients, lam, found.divisor)
+            _run(None, _add_quotient, activations, gradients, lam, found.divisor)
     else:
-        update = _add_signed if norm is ActivityNorm.L1 else _add_scaled
-        found = _outcome(activations, norm, lam, epsilon, update, gradients)
+        found = _outcome(activations, norm, lam, epsilon, _UPDATES[norm], gradients)
     return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
+
+
+def express(
+    norm: ActivityNorm, dtype: np.dtype[Any], size: int, *, writes: bool
+) -> Callable[[Any, Any, float, float], float]:
+    """Return the flat kernel for ``size`` elements; see :func:`_flat` for what it takes."""
+    factory = _flat if dtype.itemsize > 2 else _flat_on_bits
+    return _kernel(factory, norm, dtype, writes, size >= PARALLEL_FROM)  # type: ignore[no-any-return]
 
 
 def _outcome(
@@ -102,20 +130,25 @@ def _outcome(
     update: Any = None,
     gradients: Any = None,
 ) -> Outcome:
-    """Sum, with ``update`` of the gradients in the first pass, until the outcome is certain."""
+    """Sum, and update the gradients in the same pass, until the outcome is certain."""
     compute = COMPUTE_DTYPES[x.dtype]
-    compensated = compute == FLOAT64
-    bound = compensated_bound(x.size) if compensated else PLAIN_BOUND
-    g = x if gradients is None else gradients
-    total = _run(_TERMS[norm, compensated], update or _leave, x, g, lam)
-    found = certified(total, bound, norm, lam, compute, epsilon)
-    if found is None and not compensated:
-        total = partial_sum(x, norm)
-        found = certified(total, compensated_bound(x.size), norm, lam, compute, epsilon)
-    return found or exact_outcome(x, norm, lam, epsilon)
+    anchored = compute == FLOAT64
+    hi, lo = _run(norm, update, x, x if gradients is None else gradients, lam)
+    penalty, divisor, has_gradient, certain = certified(
+        hi,
+        lo,
+        anchored_bound(x.size) if anchored else PLAIN_BOUND,
+        lam,
+        epsilon,
+        norm is ActivityNorm.L2,
+        lambda value: round_to(compute, value),
+    )
+    if certain:
+        return Outcome(float(penalty), float(divisor), has_gradient)
+    return partial_sum(x, norm).outcome(norm, lam, epsilon)
 
 
-# 16-bit floats, as the bits that hold them.
+# Numbers as bits.
 
 
 @intrinsic
@@ -165,179 +198,364 @@ def _narrow(typingctx, like, value):  # type: ignore[no-untyped-def]
     return like(like, types.float32), float16 if like == types.uint16 else bfloat16
 
 
-# Terms: add |x| or x² to lane j, in plain binary64 or as a double-double.
+@intrinsic
+def _bits(typingctx, value):  # type: ignore[no-untyped-def]
+    """Return the bits of a float64 as an int64."""
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), cast
 
 
-@numba.njit
-def _add_nothing(hi, lo, j, value):  # type: ignore[no-untyped-def]
-    pass
+@intrinsic
+def _float(typingctx, bits):  # type: ignore[no-untyped-def]
+    """Return the float64 that has these bits, an int64."""
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), cast
 
 
-@numba.njit
-def _add_abs(hi, lo, j, value):  # type: ignore[no-untyped-def]
-    hi[j] += abs(np.float64(value))
+@intrinsic
+def _multiply_add(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """Return ``a * b + c`` of float64 rounded once: an instruction, or the C library's ``fma``."""
+
+    def fused(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fma(*arguments)
+
+    return types.float64(types.float64, types.float64, types.float64), fused
 
 
-@numba.njit
-def _add_square(hi, lo, j, value):  # type: ignore[no-untyped-def]
-    wide = np.float64(value)
-    hi[j] += wide * wide
+@intrinsic
+def _address(typingctx, array):  # type: ignore[no-untyped-def]
+    """Return where the first element of ``array`` is, an int64."""
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, ir.IntType(64))
+
+    return types.int64(array), cast
 
 
-@numba.njit
-def _add_abs_compensated(hi, lo, j, value):  # type: ignore[no-untyped-def]
-    hi[j], error = two_sum(hi[j], abs(np.float64(value)))
-    lo[j] += error
+@intrinsic
+def _dense(typingctx, row):  # type: ignore[no-untyped-def]
+    """Return ``row``, an axis of unit stride, as the contiguous array that it is."""
+
+    def same(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        if context.enable_nrt:
+            context.nrt.incref(builder, row, arguments[0])
+        return arguments[0]
+
+    return row.copy(layout="C")(row), same
 
 
-@numba.njit
-def _add_square_compensated(hi, lo, j, value):  # type: ignore[no-untyped-def]
-    wide = np.float64(value)
-    square, low = two_product(wide, wide)
-    hi[j], error = two_sum(hi[j], square)
-    lo[j] += error + low
+# Magnitudes: |x| or x² in binary64, less the second result, which is what the square lost.
 
 
-_TERMS = {
-    (norm, compensated): term
-    for norm, terms in {
-        ActivityNorm.L1: (_add_abs, _add_abs_compensated),
-        ActivityNorm.L2: (_add_square, _add_square_compensated),
-        ActivityNorm.L2_SQUARED: (_add_square, _add_square_compensated),
-    }.items()
-    for compensated, term in enumerate(terms)
-}
+@register_jitable
+def _absolute(value):  # type: ignore[no-untyped-def]
+    return abs(value), 0.0
+
+
+@register_jitable
+def _square(value):  # type: ignore[no-untyped-def]
+    square = value * value
+    return square, -_multiply_add(value, value, -square)
 
 
 # Updates: add the gradient at x[j] to g[j], rounding after every operation in the compute dtype.
 
 
-@numba.njit
+@register_jitable
 def _leave(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
     pass
 
 
-@numba.njit
+@register_jitable
 def _add_signed(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
-    # A difference of comparisons vectorizes; a branch on the sign costs up to 2.5 times.
     real = type(x)
-    g[j] = _narrow(g[j], _widen(g[j]) + real(lam) * (real(x > 0) - real(x < 0)))
+    added = math.copysign(real(lam), x) if abs(x) > 0 else real(0.0)
+    g[j] = _narrow(g[j], _widen(g[j]) + added)
 
 
-@numba.njit
+@register_jitable
 def _add_scaled(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
     real = type(x)
     g[j] = _narrow(g[j], _widen(g[j]) + (real(lam) * real(2)) * x)
 
 
-@numba.njit
+@register_jitable
 def _add_quotient(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
     real = type(x)
     g[j] = _narrow(g[j], _widen(g[j]) + (real(lam) * x) / real(divisor))
 
 
+_MAGNITUDES = {
+    ActivityNorm.L1: _absolute,
+    ActivityNorm.L2: _square,
+    ActivityNorm.L2_SQUARED: _square,
+}
+_UPDATES = {ActivityNorm.L1: _add_signed, ActivityNorm.L2_SQUARED: _add_scaled}
+
+
+# Rows: update the gradients along one axis and add the magnitudes to the sum (hi, lo).
+
+
+@register_jitable(fastmath={"reassoc"})
+def _plus(total, term):  # type: ignore[no-untyped-def]
+    """Add, in an order that the compiler may change: what makes a sum of vectors of it."""
+    return total + term
+
+
+@register_jitable
+def _sum_plain(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore[no-untyped-def]
+    for j in range(x.size):
+        value = _widen(x[j])
+        hi = _plus(hi, magnitude(np.float64(value))[0])
+        update(g, j, value, lam, divisor)
+    return hi, lo
+
+
+@register_jitable
+def _sum_anchored(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore[no-untyped-def]
+    for start in range(0, x.size, ANCHORED_TERMS):
+        # Slices indexed from 0 need no check for negative indices, which would not vectorize.
+        xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
+        largest = 0
+        for j in range(xs.size):  # the bits of magnitudes are in the order of the magnitudes
+            largest = max(largest, _bits(abs(xs[j])))
+        exponent = _bits(magnitude(_float(largest))[0]) >> 52  # biased by 1023
+        anchor = _float((exponent + 10) << 52)
+        total, rest = 0.0, 0.0
+        for j in range(xs.size):
+            term, excess = magnitude(xs[j])
+            high = (term + anchor) - anchor
+            total = _plus(total, high)
+            rest = _plus(rest, (term - high) - excess)
+            update(gs, j, xs[j], lam, divisor)
+        if largest == 0 or 123 <= exponent <= 2036:
+            total, rest = two_sum(total, rest)
+        else:
+            total, rest = math.inf, 0.0
+        hi, lo = merge_pairs(hi, lo, total, rest)
+    return hi, lo
+
+
+@register_jitable
+def _sum_nothing(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore[no-untyped-def]
+    for j in range(x.size):
+        update(g, j, _widen(x[j]), lam, divisor)
+    return hi, lo
+
+
+@register_jitable
+def _cut(array, b):  # type: ignore[no-untyped-def]
+    """Return block ``b`` of a contiguous array of one axis."""
+    return array[b * _BLOCK : (b + 1) * _BLOCK]
+
+
+@register_jitable
+def _merged(sums):  # type: ignore[no-untyped-def]
+    hi, lo = 0.0, 0.0
+    for b in range(sums.shape[0]):
+        hi, lo = merge_pairs(hi, lo, sums[b, 0], sums[b, 1])
+    return hi, lo
+
+
+# Kernels.
+
 _KERNELS: dict[tuple[Any, ...], Any] = {}
 _COMPILING = threading.Lock()
 
 
-def _kernel(*key: Any) -> Any:
-    """Return the compiled loop for ``key``, the arguments of :func:`_compile`; compile it once."""
-    kernel = _KERNELS.get(key)
+def _kernel(factory: Callable[..., Any], *key: Any) -> Any:
+    """Return the kernel that ``factory`` makes of ``key``; compile it once."""
+    name = factory, *key
+    kernel = _KERNELS.get(name)
     if kernel is None:
         with _COMPILING:  # other threads wait for the first rather than compile the same
-            kernel = _KERNELS.get(key)
+            kernel = _KERNELS.get(name)
             if kernel is None:
-                kernel = _KERNELS[key] = _compile(*key)
+                kernel = _KERNELS[name] = factory(*key)
     return kernel
 
 
-def _compile(term: Any, update: Any, dtype: np.dtype[Any], layout: str, parallel: bool) -> Any:
-    """Compile the fused loop of ``term`` and ``update`` for one signature.
-
-    The signature is explicit, so a read-only array, say, is converted and not compiled for anew.
-    """
-
-    @numba.njit
-    def block(x, g, hi, lo, lam, divisor):  # type: ignore[no-untyped-def]
-        whole = x.size // _LANES
-        for i in range(whole):
-            # Slices indexed from 0 need no check for negative indices, which would not vectorize.
-            xs = x[i * _LANES : (i + 1) * _LANES]
-            gs = g[i * _LANES : (i + 1) * _LANES]
-            for j in range(_LANES):
-                value = _widen(xs[j])
-                term(hi, lo, j, value)
-                update(gs, j, value, lam, divisor)
-        xs = x[whole * _LANES :]
-        gs = g[whole * _LANES :]
-        for j in range(xs.size):
-            value = _widen(xs[j])
-            term(hi, lo, j, value)
-            update(gs, j, value, lam, divisor)
-
-    def kernel(x, g, lam, divisor):  # type: ignore[no-untyped-def]
-        planes, rows, length = x.shape
-        pieces = (length + _BLOCK - 1) // _BLOCK  # of a row
-        units = planes * rows * pieces
-        units_per_block = max(1, min(_BLOCK // length, LANE_TERMS))  # short rows fill few lanes
-        blocks = (units + units_per_block - 1) // units_per_block
-        sums = np.empty((blocks, 2))
-        for b in numba.prange(blocks):
-            hi = np.zeros(_LANES)
-            lo = np.zeros(_LANES)
-            for unit in range(b * units_per_block, min((b + 1) * units_per_block, units)):
-                row, piece = divmod(unit, pieces)
-                start = piece * _BLOCK
-                stop = min(start + _BLOCK, length)
-                plane, row = divmod(row, rows)
-                block(x[plane, row, start:stop], g[plane, row, start:stop], hi, lo, lam, divisor)
-            half = _LANES // 2
-            while half > 0:
-                for j in range(half):
-                    hi[j], lo[j] = merge_pairs(hi[j], lo[j], hi[j + half], lo[j + half])
-                half //= 2
-            sums[b, 0], sums[b, 1] = hi[0], lo[0]
-        total, rest = sums[0, 0], sums[0, 1]
-        for b in range(1, blocks):
-            total, rest = merge_pairs(total, rest, sums[b, 0], sums[b, 1])
-        return merge_pairs(total, rest, 0.0, 0.0)
-
-    element = numba.from_dtype(dtype)
-    x = types.Array(element, 3, layout, readonly=True)
-    g = types.Array(element, 3, layout, readonly=update is _leave)
-    signature = types.UniTuple(types.float64, 2)(x, g, types.float64, types.float64)
-    compiler: Callable[..., Any] = numba.njit(
-        signature, parallel=parallel, nogil=True, error_model="numpy"
-    )
+def _compiled(kernel: Any, signature: Any, parallel: bool = False) -> Any:
+    compiler: Any = numba.njit(signature, parallel=parallel, nogil=True, error_model="numpy")
     return compiler(kernel)
 
 
+def _bits_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that a kernel knows ``dtype`` by."""
+    if dtype.itemsize > 2:
+        return dtype
+    return np.dtype(np.uint16 if dtype == FLOAT16 else np.int16)
+
+
+def _summing(norm: ActivityNorm | None, dtype: np.dtype[Any]) -> tuple[Any, Any]:
+    """Return how to sum along a row, and what; None sums nothing."""
+    if norm is None:
+        return _sum_nothing, _absolute
+    return _sum_anchored if dtype == FLOAT64 else _sum_plain, _MAGNITUDES[norm]
+
+
+def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
+    """Compile the kernel that does a whole call on contiguous arrays of one axis.
+
+    It takes activations, gradients, λ and epsilon (NaN for the default) and returns the penalty, or
+    ``REFUSED`` or ``UNDECIDED``. Without ``writes`` the gradients are the activations again. The
+    signature is explicit: arrays of another dtype, layout or writability are a TypeError.
+    """
+    sum_row, magnitude = _summing(norm, dtype)
+    compute = FLOAT64 if dtype == FLOAT64 else FLOAT32
+    anchored, root, real = dtype == FLOAT64, norm is ActivityNorm.L2, compute.type
+    update = _UPDATES[norm] if writes and not root else _leave
+    largest = float(np.finfo(compute).max) / (2 if norm is ActivityNorm.L2_SQUARED else 1)
+    default = float(np.finfo(compute).eps)
+    divides = root and writes
+
+    def kernel(x, g, lam, epsilon):  # type: ignore[no-untyped-def]
+        size, reach = x.size, x.size * x.itemsize
+        apart = abs(_address(x) - _address(g)) >= reach or not writes
+        strength = np.float64(real(lam))
+        if size != g.size or not apart or strength > largest or (size >= PARALLEL_FROM) != parallel:
+            return REFUSED
+        blocks = -(-size // _BLOCK)
+        if parallel:
+            sums = np.empty((blocks, 2))
+            for b in numba.prange(blocks):
+                xs, gs = _cut(x, b), _cut(g, b)
+                sums[b] = sum_row(xs, gs, 0.0, 0.0, magnitude, update, strength, 0.0)
+            hi, lo = _merged(sums)
+        else:
+            hi, lo = 0.0, 0.0
+            for b in range(blocks):
+                total, rest = sum_row(
+                    _cut(x, b), _cut(g, b), 0.0, 0.0, magnitude, update, strength, 0.0
+                )
+                hi, lo = merge_pairs(hi, lo, total, rest)
+        bound = anchored_bound(size) if anchored else PLAIN_BOUND
+        floor = default if math.isnan(epsilon) else epsilon
+        penalty, divisor, has_gradient, certain = certified(
+            hi, lo, bound, strength, floor, root, real
+        )
+        if not certain:
+            return REFUSED if divides else UNDECIDED
+        if divides and has_gradient:
+            for b in numba.prange(blocks):
+                _sum_nothing(
+                    _cut(x, b), _cut(g, b), 0.0, 0.0, magnitude, _add_quotient, strength, divisor
+                )
+        return np.float64(penalty)
+
+    element = numba.from_dtype(dtype)
+    x = types.Array(element, 1, "C", readonly=True)
+    g = types.Array(element, 1, "C", readonly=not writes)
+    return _compiled(kernel, types.float64(x, g, types.float64, types.float64), parallel)
+
+
+def _flat_on_bits(*key: Any) -> Any:
+    """Return the function that does the same for 16-bit floats."""
+    norm, dtype, *rest = key
+    bits = _bits_of(dtype)
+    kernel = _flat(norm, bits, *rest)
+    return lambda x, g, lam, epsilon: kernel(x.view(bits), g.view(bits), lam, epsilon)
+
+
+def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], parallel: bool) -> Any:
+    """Compile one pass over views of three axes, which returns the sum as a pair."""
+    sum_row, magnitude = _summing(norm, dtype)
+
+    def kernel(x, g, lam, divisor):  # type: ignore[no-untyped-def]
+        dense = x.strides[2] == x.itemsize and g.strides[2] == g.itemsize
+        planes, rows, length = x.shape
+        pieces = -(-length // _BLOCK)  # of a row
+        units = planes * rows * pieces
+        units_per_block = max(1, _BLOCK // length)
+        blocks = -(-units // units_per_block)
+        sums = np.empty((blocks, 2))
+        for b in numba.prange(blocks):
+            hi, lo = 0.0, 0.0
+            for unit in range(b * units_per_block, min((b + 1) * units_per_block, units)):
+                row, piece = divmod(unit, pieces)
+                plane, row = divmod(row, rows)
+                start = piece * _BLOCK
+                stop = min(start + _BLOCK, length)
+                xs, gs = x[plane, row, start:stop], g[plane, row, start:stop]
+                if dense:
+                    xs, gs = _dense(xs), _dense(gs)
+                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, lam, divisor)
+                else:
+                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, lam, divisor)
+            sums[b] = hi, lo
+        return _merged(sums)
+
+    element = numba.from_dtype(dtype)
+    x = types.Array(element, 3, "A", readonly=True)
+    g = types.Array(element, 3, "A", readonly=update is _leave)
+    pair = types.UniTuple(types.float64, 2)
+    return _compiled(kernel, pair(x, g, types.float64, types.float64), parallel)
+
+
+def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
+    """Compile the exact sum: the limbs of every element go to the bin of its exponent.
+
+    Returns infinity or NaN once met, else 0. A limb is below 2²⁸, so a bin holds 2³⁵ of them.
+    """
+    mask, squares = (1 << LIMB) - 1, degree == 2
+
+    def kernel(x, bins):  # type: ignore[no-untyped-def]
+        special = 0.0
+        for i, j, k in np.ndindex(x.shape):
+            magnitude = abs(np.float64(_widen(x[i, j, k])))
+            bits = _bits(magnitude)
+            exponent = bits >> 52
+            if exponent == 2047:
+                special += magnitude
+                continue
+            significand = bits & ((1 << 52) - 1)
+            if exponent > 0:
+                significand |= 1 << 52  # implied, but in subnormal numbers
+                exponent -= 1
+            low, high = significand & mask, significand >> LIMB
+            if squares:
+                ends, middle, top = low * low, 2 * low * high, high * high
+                bins[exponent, 0] += ends & mask
+                bins[exponent, 1] += (ends >> LIMB) + (middle & mask)
+                bins[exponent, 2] += (middle >> LIMB) + (top & mask)
+                bins[exponent, 3] += top >> LIMB
+            else:
+                bins[exponent, 0] += low
+                bins[exponent, 1] += high
+        return special
+
+    x = types.Array(numba.from_dtype(dtype), 3, "A", readonly=True)
+    return _compiled(kernel, types.float64(x, types.Array(types.int64, 2, "C")))
+
+
 def _run(
-    term: Any, update: Any, x: Any, g: Any, lam: float = 0.0, divisor: float = 0.0
-) -> DoubleDouble:
-    """Run the fused loop over all elements and return the sum of the terms."""
-    if x.size == 0:
-        return DoubleDouble()
-    if x.itemsize == 2:
-        bits = np.uint16 if x.dtype == FLOAT16 else np.int16
-        x, g = x.view(bits), g.view(bits)
-    if x.flags.c_contiguous and g.flags.c_contiguous:  # the usual case, at the least expense
-        kernel = _kernel(term, update, x.dtype, "C", x.size >= _PARALLEL_FROM)
-        return DoubleDouble(*kernel(x.reshape(1, 1, -1), g.reshape(1, 1, -1), lam, divisor))
-    total = DoubleDouble()
-    for xs, gs in _three_axes(*collapse(x, g)):
-        layout = "C" if xs.flags.c_contiguous and gs.flags.c_contiguous else "A"
-        kernel = _kernel(term, update, x.dtype, layout, xs.size >= _PARALLEL_FROM)
-        total = total.merge(DoubleDouble(*kernel(xs, gs, lam, divisor)))
-    return total
+    norm: ActivityNorm | None, update: Any, x: Any, g: Any, lam: float = 0.0, divisor: float = 0.0
+) -> tuple[float, float]:
+    """Run one pass over all elements and return the sum that ``norm`` takes, a pair."""
+    hi, lo = 0.0, 0.0
+    for xs, gs in _views(x, g):
+        kernel = _kernel(_strided, norm, update or _leave, xs.dtype, xs.size >= PARALLEL_FROM)
+        hi, lo = merge_pairs(hi, lo, *kernel(xs, gs, lam, divisor))
+    return hi, lo
 
 
-def _three_axes(x: Any, g: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield pairs of views with three axes that cover ``x`` and ``g``.
+def _views(x: Any, g: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield pairs of views with three axes that cover the bits of ``x`` and ``g``.
 
     Few arrays need more than three after :func:`collapse`; of those, Python loops over the
     shortest axes but the last.
     """
+    if x.size == 0:
+        return
+    bits = _bits_of(x.dtype)
+    x, g = collapse(x.view(bits), g.view(bits))
     if x.ndim <= 3:
         shape = (1,) * (3 - x.ndim) + x.shape
         yield x.reshape(shape), g.reshape(shape)

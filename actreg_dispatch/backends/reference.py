@@ -11,12 +11,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import (
-    COMPUTE_DTYPES,
-    DoubleDouble,
-    exact_outcome,
-    exact_sum,
-)
+from actreg_dispatch.rounding import COMPUTE_DTYPES, PartialSum, exact_sum
 
 name = "numpy"
 dtypes = COMPUTE_DTYPES.keys()
@@ -28,15 +23,15 @@ def is_available() -> bool:
     return True
 
 
-def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> DoubleDouble:
-    """Return Σ|x| for ``L1``, Σx² for the others."""
-    return exact_sum(activations, norm).pair()
+def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum:
+    """Return Σ|x| for ``L1``, Σx² for the others, exactly."""
+    return exact_sum(activations, norm)
 
 
 def penalty(activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: float) -> Any:
     """Return the penalty, a NumPy scalar."""
     compute = COMPUTE_DTYPES[activations.dtype]
-    return compute.type(exact_outcome(activations, norm, lam, 0.0).penalty)
+    return compute.type(exact_sum(activations, norm).outcome(norm, lam, 0.0).penalty)
 
 
 def apply(
@@ -48,7 +43,7 @@ def apply(
 ) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
     compute = COMPUTE_DTYPES[activations.dtype]
-    found = exact_outcome(activations, norm, lam, epsilon)
+    found = exact_sum(activations, norm).outcome(norm, lam, epsilon)
     strength = compute.type(lam)
     with np.errstate(all="ignore"):  # NaN, infinity and overflow propagate without a word
         x: Any = activations.astype(compute)
