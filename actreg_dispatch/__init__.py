@@ -26,6 +26,7 @@ from actreg_dispatch.registry import (
 )
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.rounding import PartialSum
+from actreg_dispatch.warmup import warmup
 
 __all__ = [
     "ActivityNorm",
@@ -40,6 +41,7 @@ __all__ = [
     "get_backend",
     "register_backend",
     "use_backend",
+    "warmup",
 ]
 
 __version__ = "0.1.0"

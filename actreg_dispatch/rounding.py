@@ -17,9 +17,9 @@ below 4u² (its proof is there), and none if one side is empty, so fewer than 2N
 anything: together less than N·2⁻¹⁰³.
 
 * *Plain tiles*, for 16- and 32-bit floats, whose squares are exact in binary64, hold at most
-  ``PLAIN_TERMS`` = 2¹⁴ terms. The compiler adds them up in whatever tree suits its vectors. A term
-  passes through fewer than 2¹⁴ additions, each off by at most u of a sum that is at most the
-  tile's, so the tile is off by less than 2¹⁴·u·(1 + 2¹⁵·u) < 2⁻³⁸·⁹ of itself.
+  ``PLAIN_TERMS`` = 2¹³ terms. The compiler adds them up in whatever tree suits its vectors. A term
+  passes through fewer than 2¹³ additions, each off by at most u of a sum that is at most the
+  tile's, so the tile is off by less than 2¹³·u·(1 + 2¹⁴·u) < 2⁻³⁹·⁹ of itself.
 * *Anchored tiles*, for float64, hold at most ``ANCHORED_TERMS`` = 2¹⁰ terms. Let the largest of
   the rounded terms p lie in [2ᵉ, 2ᵉ⁺¹) and the anchor be M = 2ᵉ⁺¹⁰. Then ``h = (p + M) − M`` is p
   rounded to a multiple of ulp(M) = 2ᵉ⁻⁴², and ``p − h`` is exact (Dekker's FastTwoSum, as M > p).
@@ -100,7 +100,7 @@ COMPUTE_DTYPES: dict[np.dtype[Any], np.dtype[Any]] = {
 }
 """Supported dtype of the activations -> dtype T that gradient and penalty are computed in."""
 
-PLAIN_TERMS = 1 << 14
+PLAIN_TERMS = 1 << 13
 PLAIN_BOUND = 2.0**-38
 ANCHORED_TERMS = 1 << 10
 
