@@ -9,11 +9,22 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from actreg_dispatch import BackendError, __version__
+from actreg_dispatch import ActivityNorm, BackendError, __version__
 from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
 __all__ = ["main"]
+
+PEERS = (
+    "NumPy",
+    "numexpr",
+    "PyTorch eager",
+    "PyTorch autograd",
+    "torch.compile",
+    "JAX jit",
+    "Keras",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,9 +61,75 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=_natural, default=0, help="of the split and the weights")
     demo.set_defaults(run=_demo)
 
+    _add_bench(commands)
+
     doctor = commands.add_parser("doctor", help="say what is usable, what is chosen, and test it")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time the backends against the machine's limits and against other libraries",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    several: dict[str, Any] = {"nargs": "+", "metavar": "..."}
+    bench.add_argument(
+        "--sizes",
+        type=_size,
+        default=[1, 1000, 100_000, 1_000_000, 20_000_000, 100_000_000],
+        help="elements; 2e7 is understood",
+        **several,
+    )
+    bench.add_argument(
+        "--dtypes",
+        choices=("float16", "bfloat16", "float32", "float64"),
+        default=["float32", "float64"],
+        help="of the arrays",
+        **several,
+    )
+    norms = list(ActivityNorm)
+    bench.add_argument("--norms", type=_norm, default=norms, help="l1, l2, l2_squared", **several)
+    operations = ["apply", "penalty"]
+    bench.add_argument(
+        "--operations", choices=operations, default=operations, help="what is done", **several
+    )
+    bench.add_argument(
+        "--peers",
+        choices=PEERS,
+        default=PEERS,
+        help=f"which of those that are installed: {', '.join(PEERS)}",
+        nargs="*",
+        metavar="...",
+    )
+    bench.add_argument("--strided", action="store_true", help="strided float arrays, too")
+    bench.add_argument("--first-calls", action="store_true", help="fresh processes, too")
+    bench.add_argument("--repeats", type=_positive, default=11, help="rounds")
+    bench.add_argument("--threads", type=_positive, help="processors (default: all)")
+    bench.add_argument("--json", type=Path, help="write all figures here")
+    bench.add_argument("--png", type=Path, help="draw throughput against size here")
+    bench.add_argument("--readme", type=Path, help="replace the table in this Markdown file")
+    bench.add_argument("--from-json", type=Path, help="show the figures of a former run")
+    bench.set_defaults(run=_bench)
+
+
+def _norm(text: str) -> ActivityNorm:
+    try:
+        return ActivityNorm(text)
+    except ValueError:
+        known = ", ".join(norm.value for norm in ActivityNorm)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of: {known}") from None
+
+
+def _size(text: str) -> int:
+    try:
+        size = float(text.replace("_", ""))
+    except ValueError:
+        size = 0.5
+    if size < 1 or not size.is_integer():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
+    return int(size)
 
 
 def _positive(text: str) -> int:
@@ -92,6 +169,17 @@ def _demo(options: argparse.Namespace) -> int:
         )
     demo.main(demo.Settings(epochs=options.epochs, seed=options.seed, backend=options.backend), out)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    try:
+        from actreg_dispatch import bench
+    except ImportError as error:
+        return _fail(
+            f"the benchmark needs {error.name}; install it and all peers with: "
+            f"python -m pip install 'actreg-dispatch[bench]'"
+        )
+    return bench.main(options)
 
 
 def _free_name(stem: str, suffix: str) -> Path:

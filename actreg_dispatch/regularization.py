@@ -336,7 +336,7 @@ class ActivityRegularization:
         """
         context, environment, dtype, function, lam, floor, zero = self._last
         if (  # the same kind of call as the last one
-            activations.__class__ is _NDARRAY
+            activations.__class__ is _NDARRAY is gradients.__class__
             and activations.dtype is dtype
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment

@@ -1,0 +1,184 @@
+"""Showing results: a table on the terminal, JSON, a picture, and the table of the README."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["draw", "load", "print_table", "save", "summary", "update_readme"]
+
+BEGIN, END = "<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"
+
+Record = dict[str, Any]
+
+
+def _seconds(value: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * scale >= 1:
+            return f"{value * scale:.3g} {unit}"
+    return f"{value * 1e9:.3g} ns"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _case(record: Record) -> str:
+    layout = "" if record["layout"] == "contiguous" else f", {record['layout']}"
+    return f"{record['operation']} {record['norm']}, {record['dtype']}, {record['size']:,}{layout}"
+
+
+def print_table(records: Sequence[Record], console: Console) -> None:
+    """Print a line for every contender at every case."""
+    table = Table("case", "contender", "time", "GB/s", "× limit", "× best peer")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    previous = None
+    for record in records:
+        case = _case(record)
+        if previous not in (None, case):
+            table.add_section()
+        table.add_row(
+            case if case != previous else "",
+            record["contender"] + ("" if record["agrees"] else " (wrong result)"),
+            _seconds(record["seconds"]),
+            f"{record['gigabytes_per_second']:.1f}",
+            _ratio(record["ratio_to_limit"]),
+            _ratio(record["ratio_to_best_peer"]),
+            style="bold"
+            if record["kind"] == "ours"
+            else "dim"
+            if record["kind"] == "limit"
+            else "",
+        )
+        previous = case
+    console.print(table)
+
+
+def save(results: dict[str, Any], path: Path) -> None:
+    """Write everything that was measured as JSON."""
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what :func:`save` wrote."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw throughput against size, a panel for each norm and dtype, a line for each contender."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = [r for r in results["records"] if r["layout"] == "contiguous" and r["size"] > 1]
+    panels = list(dict.fromkeys((r["operation"], r["norm"], r["dtype"]) for r in records))
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    names = list(dict.fromkeys(r["contender"] for r in records))
+    lines: dict[str, Any] = {}
+    for place, panel in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for name in names:
+            points = [
+                (r["size"], r["gigabytes_per_second"])
+                for r in records
+                if (r["operation"], r["norm"], r["dtype"]) == panel
+                and r["contender"] == name
+                and r["agrees"]
+                and (name != "limit" or r["size"] > results["settings"]["bare_call"])
+            ]
+            if points:
+                lines[name] = axes.plot(
+                    *zip(*sorted(points), strict=True),
+                    linestyle="--" if name == "limit" else "-",
+                    marker="" if name == "limit" else "o",
+                    linewidth=2.5 if name == "numba" else 1.2,
+                    markersize=3,
+                    color="black" if name == "limit" else f"C{names.index(name)}",
+                    zorder=3 if name == "numba" else 2,
+                )[0]
+        axes.set(xscale="log", yscale="log", title=f"{panel[0]} {panel[1]}, {panel[2]}")
+        axes.set(xlabel="elements", ylabel="GB/s")
+        axes.grid(alpha=0.3)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6)
+    figure.suptitle(_setting(results))
+    figure.savefig(path, dpi=80)
+
+
+def _setting(results: dict[str, Any]) -> str:
+    machine = results["machine"]
+    threads = machine["threads"]
+    return f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Return the table of the README, in Markdown, with what its figures depend on."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"Measured with `actreg bench` on {_setting(results)} ({machine['threading_layer']}), "
+        f"{machine['system']}, Python {machine['python']}, {versions}. Medians of "
+        f"{results['settings']['repeats']} interleaved rounds.",
+        "",
+        "| work | elements | time | GB/s | × limit | × best peer |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for record in results["records"]:
+        if record["contender"] != "numba":
+            continue
+        layout = "" if record["layout"] == "contiguous" else f", {record['layout']}"
+        peer = record["best_peer"]
+        beside = f"{_ratio(record['ratio_to_best_peer'])} ({peer})" if peer else ""
+        lines.append(
+            f"| `{record['operation']}` {record['norm']}, {record['dtype']}{layout} "
+            f"| {record['size']:,} | {_seconds(record['seconds'])} "
+            f"| {record['gigabytes_per_second']:.1f} | {_ratio(record['ratio_to_limit'])} "
+            f"| {beside} |"
+        )
+    lines += [
+        "",
+        f"The limit is a parallel loop in Numba that reads and writes the same bytes (`g += c·x` "
+        f"for L1 and squared L2, a sum of x for `penalty`, both for L2); up to "
+        f"{results['settings']['bare_call']:,} elements, the call of a compiled function of two "
+        f"arrays that does nothing; for strided arrays, a loop written by hand.",
+    ]
+    if results.get("first_calls"):
+        lines += ["", "| in a fresh process | empty cache | full cache |", "| --- | ---: | ---: |"]
+        empty, full = (results["first_calls"][state] for state in ("empty cache", "full cache"))
+        lines += [
+            f"| {name} | {_seconds(empty[name])} | {_seconds(full[name])} |" for name in empty
+        ]
+    if results.get("slopes"):
+        found = results["slopes"].values()
+        lines += [
+            "",
+            f"From 100,000 elements up, time grows as elementsᵖ with p between {min(found):.2f} "
+            f"and {max(found):.2f} (least squares, a fit for each of {len(found)} series).",
+        ]
+    return "\n".join(lines)
+
+
+def update_readme(results: dict[str, Any], path: Path) -> None:
+    """Replace what stands between the two marks in ``path`` by :func:`summary`.
+
+    Raises
+    ------
+    ValueError
+        If the marks are not there.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{path} has no place for the table; put {BEGIN} and {END} there")
+    path.write_text(f"{before}{BEGIN}\n{summary(results)}\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,230 @@
+"""Timing: everything on the same arrays, taken in turns, medians of the rounds.
+
+A machine is rarely quiet for long. Contenders take turns within a round, so that a disturbance
+hits all of them, and each sleeps before its turn, so that the threads of the one before, which
+spin for a while, are out of the way.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+from actreg_dispatch import __version__
+from actreg_dispatch.bench.contenders import (
+    LAM,
+    LAYOUTS,
+    Case,
+    Contender,
+    Run,
+    Task,
+    load_dtype,
+)
+from actreg_dispatch.regularization import ActivityRegularization
+
+__all__ = ["first_calls", "machine", "measure", "slope"]
+
+_BATCH = 2e-3  # seconds that a turn takes at least; shorter work is repeated within it
+_REST = 2e-3  # seconds before a turn
+
+Record = dict[str, Any]
+
+
+def machine(threads: int, contenders: Iterable[Contender]) -> Record:
+    """Return what the figures depend on: processor, threads, versions."""
+    names = ["numpy", "numba", "llvmlite", *(c.module for c in contenders if c.is_installed())]
+    versions = {}
+    for name in dict.fromkeys(names):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # importable, but not as a distribution
+            versions[name] = "unknown"
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "threading_layer": numba.threading_layer(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "actreg_dispatch": __version__,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown processor"
+
+
+def measure(
+    cases: Sequence[Case],
+    contenders: Sequence[Contender],
+    repeats: int,
+    progress: Callable[[Case], None] = lambda case: None,
+) -> Iterator[list[Record]]:
+    """Time ``contenders`` at each case; yield the records of a case, one a contender."""
+    for case in cases:
+        progress(case)
+        yield _measure_case(case, contenders, repeats)
+
+
+def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> list[Record]:
+    task, start = _task(case)
+    runs: dict[Contender, Run] = {}
+    agrees: dict[Contender, bool] = {}
+    for contender in contenders:
+        task.gradients[...] = start
+        run = contender.run(task)
+        if run is not None:
+            runs[contender] = run
+            agrees[contender] = contender.kind == "limit" or _agrees(task, start, run)
+    turns = {contender: _turns(run) for contender, run in runs.items()}
+    times: dict[Contender, list[float]] = {contender: [] for contender in runs}
+    for _ in range(repeats):
+        for contender, run in runs.items():
+            times[contender].append(_time(run.step, turns[contender]))
+    seconds = {contender: statistics.median(times[contender]) for contender in runs}
+    limit = min((s for c, s in seconds.items() if c.kind == "limit"), default=None)
+    peers = {c: s for c, s in seconds.items() if c.kind == "peer" and agrees[c]}
+    best = min(peers, key=peers.__getitem__, default=None)
+    return [
+        {
+            "operation": case.operation,
+            "norm": case.norm.value,
+            "dtype": case.dtype,
+            "size": task.activations.size,
+            "layout": case.layout,
+            "contender": contender.name,
+            "kind": contender.kind,
+            "agrees": agrees[contender],
+            "seconds": seconds[contender],
+            "fastest": min(times[contender]),
+            "gigabytes_per_second": case.bytes_moved() / seconds[contender] / 1e9,
+            "ratio_to_limit": limit and seconds[contender] / limit,
+            "ratio_to_best_peer": best and seconds[contender] / seconds[best],
+            "best_peer": best and best.name,
+        }
+        for contender in runs
+    ]
+
+
+def _task(case: Case) -> tuple[Task, np.ndarray[Any, Any]]:
+    """Return the arrays of a case, half of the activations zero, and the gradients' start."""
+    dtype, rng = load_dtype(case.dtype), np.random.default_rng(0)
+    activations, gradients = (LAYOUTS[case.layout](case.size, dtype) for _ in range(2))
+    values = rng.standard_normal(activations.shape, np.float32)
+    activations[...] = np.maximum(values, 0).astype(dtype)
+    start = rng.standard_normal(activations.shape, np.float32).astype(dtype)
+    return Task(case, activations, gradients), start
+
+
+def _agrees(task: Task, start: np.ndarray[Any, Any], run: Run) -> bool:
+    """Return whether one step leads to our results, but for rounding."""
+    case = task.case
+    reg, gradients = ActivityRegularization(LAM, case.norm), start.copy()
+    penalty = reg.apply(task.activations, gradients)
+    found = run.step()
+    tolerance = {2: 2e-2, 4: 1e-4, 8: 1e-9}[start.itemsize]
+    if not np.isclose(float(found), float(penalty), rtol=min(tolerance, 1e-4)):
+        return False
+    if case.operation == "penalty":
+        return True
+    updated = np.asarray(run.gradients()).astype(np.float64)
+    return bool(np.allclose(updated, gradients.astype(np.float64), rtol=tolerance, atol=tolerance))
+
+
+def _turns(run: Run) -> int:
+    """Return how many steps make a batch that is long enough to time."""
+    turns = 1
+    while (seconds := _time(run.step, turns) * turns) < _BATCH / 2:
+        turns = max(2 * turns, min(int(_BATCH / max(seconds / turns, 1e-9)), 100 * turns))
+    return turns
+
+
+def _time(step: Callable[[], Any], turns: int) -> float:
+    time.sleep(_REST)
+    step()  # wakes what sleeps, fills the caches
+    before = time.perf_counter()
+    for _ in range(turns):
+        step()
+    return (time.perf_counter() - before) / turns
+
+
+def slope(records: Iterable[Record], minimum: int = 100_000) -> dict[str, float]:
+    """Return the exponent p of a fit of time to sizeᵖ, from ``minimum`` elements up, a series."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        if (
+            record["contender"] == "numba"
+            and record["size"] >= minimum
+            and record["layout"] == "contiguous"
+        ):
+            name = f"{record['operation']} {record['norm']} {record['dtype']}"
+            series.setdefault(name, []).append((record["size"], record["seconds"]))
+    exponents = {}
+    for name, points in series.items():
+        if len(points) > 1:
+            sizes, seconds = np.log(np.array(points).T)
+            exponents[name] = float(np.polyfit(sizes, seconds, 1)[0])
+    return exponents
+
+
+_FIRST_CALL = """
+import time
+start = time.perf_counter()
+import numpy
+numpy_imported = time.perf_counter()
+import actreg_dispatch
+imported = time.perf_counter()
+calls = []
+for size in (1, 1_000_000):
+    x, g = numpy.ones(size, numpy.float32), numpy.zeros(size, numpy.float32)
+    reg = actreg_dispatch.ActivityRegularization.l1(0.1)
+    for _ in range(3):
+        before = time.perf_counter()
+        reg.apply(x, g)
+        calls.append(time.perf_counter() - before)
+print(numpy_imported - start, imported - numpy_imported, calls[0], calls[2], calls[3], calls[5])
+"""
+
+
+def first_calls() -> dict[str, dict[str, float]]:
+    """Return what a fresh process waits for, with Numba's cache on disk empty and full."""
+    names = (
+        "import numpy",
+        "import actreg_dispatch",
+        "first call, serial (imports Numba)",
+        "later call, serial",
+        "first call, parallel",
+        "later call, parallel",
+    )
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"NUMBA_CACHE_DIR": cache, "ACTREG_CACHE": "1"}
+        for state in ("empty cache", "full cache"):
+            printed = subprocess.run(
+                [sys.executable, "-c", _FIRST_CALL],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+            found[state] = dict(zip(names, map(float, printed.split()), strict=True))
+    return found

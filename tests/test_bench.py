@@ -1,0 +1,196 @@
+"""The benchmark: that it runs, compares like with like, and reports what it found."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from actreg_dispatch.__main__ import PEERS, main
+from actreg_dispatch.bench import contenders, report, timing
+from actreg_dispatch.bench.contenders import CONTENDERS, LAYOUTS, Case, Contender, Run
+from actreg_dispatch.norms import ActivityNorm
+
+DTYPES = ["float16", "bfloat16", "float32", "float64"]
+BY_NAME = {contender.name: contender for contender in CONTENDERS}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return a folder with the files of a small run."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "README.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    options = ["--sizes", "1", "4e3", "--dtypes", "float32", "bfloat16", "--norms", "l1", "l2"]
+    options += ["--repeats", "1", "--peers", "NumPy", "--json", str(folder / "results.json")]
+    options += ["--png", str(folder / "picture.png"), "--readme", str(folder / "README.md")]
+    assert main(["bench", *options]) == 0
+    return folder
+
+
+def test_every_case_has_its_contenders(results):
+    found = json.loads((results / "results.json").read_text())
+    cases = {}
+    for record in found["records"]:
+        key = record["operation"], record["norm"], record["dtype"], record["size"]
+        cases.setdefault(key, []).append(record["contender"])
+    assert len(cases) == 2 * 2 * 2 * 2
+    for (_, _, dtype, _), names in cases.items():
+        assert names == ["limit", "numba", "numpy"] + ["NumPy"] * (dtype == "float32")
+    assert all(record["agrees"] for record in found["records"])
+    assert found["machine"]["threads"] >= 1
+    assert {"numpy", "numba"} <= set(found["machine"]["versions"])
+
+
+def test_figures_follow_from_the_times(results):
+    records = json.loads((results / "results.json").read_text())["records"]
+    case = [
+        r
+        for r in records
+        if (r["operation"], r["norm"], r["dtype"], r["size"]) == ("apply", "l2", "float32", 4000)
+    ]
+    limit, ours, _, peer = case
+    assert ours["gigabytes_per_second"] == pytest.approx(4 * 4 * 4000 / ours["seconds"] / 1e9)
+    assert ours["ratio_to_limit"] == pytest.approx(ours["seconds"] / limit["seconds"])
+    assert ours["ratio_to_best_peer"] == pytest.approx(ours["seconds"] / peer["seconds"])
+    assert ours["best_peer"] == "NumPy"
+
+
+def test_the_readme_gets_the_table_and_keeps_the_rest(results, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # of the terminal, or the table is wrapped
+    text = (results / "README.md").read_text()
+    assert text.startswith(f"above\n{report.BEGIN}\nMeasured with `actreg bench` on ")
+    assert text.endswith(f"{report.END}\nbelow\n")
+    assert text.count("| `apply` l1, float32 |") == 2
+    assert "old" not in text
+    again = ["bench", "--from-json", str(results / "results.json")]
+    assert main([*again, "--readme", str(results / "README.md")]) == 0
+    assert (results / "README.md").read_text() == text
+    assert "penalty l2, bfloat16, 4,000" in capsys.readouterr().out
+
+
+def test_the_picture_is_a_png(results):
+    assert (results / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_readme_without_marks_is_left_alone(results, tmp_path):
+    (tmp_path / "README.md").write_text("nothing here\n")
+    with pytest.raises(ValueError, match="no place for the table"):
+        report.update_readme(report.load(results / "results.json"), tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == "nothing here\n"
+
+
+TAKEN_BY_ALL = {"operation": {"apply", "penalty"}, "norm": set(ActivityNorm), "dtype": set(DTYPES)}
+TAKEN = {
+    "NumPy": {"dtype": {"float16", "float32", "float64"}},
+    "numexpr": {"dtype": {"float32", "float64"}},
+    "PyTorch autograd": {"operation": {"apply"}},
+    "Keras": {
+        "operation": {"apply"},
+        "norm": {ActivityNorm.L1, ActivityNorm.L2_SQUARED},
+        "dtype": {"float32", "float64"},
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # what the peers warn of is not our business
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ActivityNorm)
+@pytest.mark.parametrize("operation", ["apply", "penalty"])
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_do_the_same_work(name, operation, norm, dtype):
+    contender = BY_NAME[name]
+    if not contender.is_installed():
+        pytest.skip(f"{contender.module} is not installed")
+    case = Case(operation, norm, dtype, 500)
+    (records,) = timing.measure([case], [contender], 1)
+    taken = TAKEN_BY_ALL | TAKEN.get(name, {})
+    assert len(records) == all(getattr(case, key) in values for key, values in taken.items())
+    for record in records:
+        assert record["agrees"], record
+        assert record["seconds"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strided_arrays_are_compared_with_a_loop_by_hand(layout):
+    case = Case("apply", ActivityNorm.L1, "float32", 40_000, layout)
+    ours = [BY_NAME[name] for name in ("limit", "numba", "NumPy")]
+    (records,) = timing.measure([case], ours, 1)
+    assert [record["contender"] for record in records] == ["limit", "numba", "NumPy"]
+    assert all(record["agrees"] and record["size"] == 40_000 for record in records)
+    activations = LAYOUTS[layout](40_000, np.dtype(np.float32))
+    assert activations.flags.c_contiguous == (layout == "contiguous")
+
+
+def test_a_wrong_result_is_told_and_is_no_peer():
+    def wrong(task):
+        return Run(lambda: 0.0, lambda: task.gradients)
+
+    case = Case("apply", ActivityNorm.L1, "float32", 2000)
+    liar = Contender("liar", "peer", "numpy", wrong)
+    (records,) = timing.measure([case], [BY_NAME["numba"], liar], 1)
+    assert [record["agrees"] for record in records] == [True, False]
+    assert records[0]["best_peer"] is None
+    assert records[0]["ratio_to_best_peer"] is None
+
+
+def test_peers_stop_where_their_temporaries_may_not_fit(monkeypatch):
+    monkeypatch.setattr(contenders, "_PEERS_UP_TO", 10)
+    task = timing._task(Case("apply", ActivityNorm.L1, "float32", 11))[0]
+    assert BY_NAME["NumPy"].run(task) is None
+    assert BY_NAME["numba"].run(task) is not None
+
+
+def test_the_slope_is_that_of_the_times():
+    points = [(10**5, 1e-5), (10**6, 1e-4), (10**7, 1e-3), (10, 1.0)]
+    records = [
+        {
+            "contender": "numba",
+            "operation": "apply",
+            "norm": "l1",
+            "dtype": "float32",
+            "layout": "contiguous",
+            "size": size,
+            "seconds": seconds,
+        }
+        for size, seconds in points
+    ]
+    assert timing.slope(records) == {"apply l1 float32": pytest.approx(1.0)}
+
+
+def test_first_calls_are_faster_with_a_full_cache():
+    found = timing.first_calls()
+    first = "first call, parallel"
+    assert found["full cache"][first] < found["empty cache"][first]
+    assert all(math.isfinite(v) and v > 0 for times in found.values() for v in times.values())
+
+
+def test_the_number_of_threads_is_a_limit(python, tmp_path):
+    options = ["bench", "--sizes", "10", "--dtypes", "float32", "--norms", "l1", "--repeats", "1"]
+    options += ["--peers", "--threads", "1", "--json", str(tmp_path / "r.json")]
+    python("-m", "actreg_dispatch", *options)
+    assert json.loads((tmp_path / "r.json").read_text())["machine"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sizes", "0"], "whole number"),
+        (["--sizes", "many"], "whole number"),
+        (["--norms", "l3"], "none of: l1, l2, l2_squared"),
+        (["--peers", "Fortran"], "invalid choice"),
+        (["--repeats", "0"], "at least 1"),
+    ],
+)
+def test_bad_options_are_explained(capsys, options, message):
+    with pytest.raises(SystemExit):
+        main(["bench", *options])
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_missing_is_named(python):
+    code = "import sys; sys.modules['rich'] = None; import actreg_dispatch.__main__ as m; "
+    done = python("-c", code + "sys.exit(m.main(['bench']))", check=False)
+    assert done.returncode == 2
+    assert "actreg-dispatch[bench]" in done.stderr

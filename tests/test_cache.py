@@ -1,0 +1,98 @@
+"""Numba's cache on disk: found again, done without where it fails, and switched off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import actreg_dispatch
+
+CODE = """
+import json
+import numpy as np
+from actreg_dispatch import ActivityRegularization
+from actreg_dispatch.backends import numba_cpu
+x = np.arange(5, dtype=np.float32)
+penalty = float(ActivityRegularization.l1(0.5).penalty(x))
+hits = [sum(k.stats.cache_hits.values()) for k in numba_cpu._KERNELS.values()]
+print(json.dumps([penalty, sum(hits), numba_cpu.__file__]))
+"""
+
+
+def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
+    first, second = (json.loads(python("-c", CODE, **cache).stdout)[:2] for _ in range(2))
+    assert first == [5.0, 0]
+    assert second == [5.0, 1]
+
+
+def test_the_cache_can_be_switched_off(python, tmp_path):
+    cache = tmp_path / "cache"
+    python("-c", CODE, NUMBA_CACHE_DIR=str(cache), ACTREG_CACHE="0")
+    assert not cache.exists()
+
+
+def test_the_switch_is_0_or_1(python):
+    done = python("-c", CODE, ACTREG_CACHE="maybe", check=False)
+    assert "ACTREG_CACHE='maybe' must be 0 or 1" in done.stderr
+
+
+@pytest.mark.parametrize("damage", [b"", b"junk", None], ids=["empty", "junk", "folder"])
+def test_a_damaged_cache_is_done_without(python, tmp_path, damage):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
+    python("-c", CODE, **cache)
+    files = [p for p in (tmp_path / "cache").rglob("*") if p.suffix in (".nbi", ".nbc")]
+    assert files
+    for path in files:
+        path.unlink()
+        path.mkdir() if damage is None else path.write_bytes(damage)
+    assert json.loads(python("-c", CODE, **cache).stdout)[0] == 5.0
+
+
+def test_where_nothing_can_be_written_kernels_are_compiled(python, tmp_path):
+    """A copy of the package whose cache folders are files, so that nobody can create them."""
+    package = Path(actreg_dispatch.__file__).parent
+    copy = tmp_path / "copy" / package.name
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    (copy / "backends" / "__pycache__").write_text("")
+    (tmp_path / "home").write_text("")
+    home = str(tmp_path / "home")
+    done = python(
+        "-c",
+        CODE,
+        PYTHONPATH=str(copy.parent),
+        HOME=home,
+        XDG_CACHE_HOME=home,
+        LOCALAPPDATA=home,
+        ACTREG_CACHE="1",
+        PYTHONSAFEPATH="1",
+    )
+    penalty, _, file = json.loads(done.stdout)
+    assert penalty == 5.0
+    assert Path(file).is_relative_to(copy)
+
+
+def test_processes_may_fill_the_cache_at_once(tmp_path):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", CODE], env=environment, stdout=subprocess.PIPE)
+        for _ in range(4)
+    ]
+    printed = [process.communicate(timeout=300)[0] for process in processes]
+    assert [json.loads(text)[0] for text in printed] == [5.0] * 4
+
+
+def test_new_arithmetic_is_a_new_entry(monkeypatch):
+    from actreg_dispatch.backends import numba_cpu
+
+    before = numba_cpu._edition()
+    numba_cpu._edition.cache_clear()
+    monkeypatch.setattr(numba_cpu.inspect, "getsource", lambda module: "other arithmetic")
+    assert numba_cpu._edition() != before
+    numba_cpu._edition.cache_clear()

@@ -1,0 +1,156 @@
+"""The short way through compiled functions must do and refuse what the general way does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from actreg_dispatch import ActivityNorm, ActivityRegularization, use_backend, warmup
+from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.exact import exact_result
+
+LARGE = numba_cpu.PARALLEL_FROM + 5
+
+
+@pytest.fixture(params=["l1", "l2", "l2_squared"])
+def reg(request):
+    """Return a regularization that has already served arrays like those of the tests."""
+    made = ActivityRegularization(0.1, request.param)
+    for _ in range(2):
+        made.apply(np.ones(3), np.zeros(3))
+        made.penalty(np.ones(3))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("activations", "gradients", "error", "message"),
+    [
+        (np.ones(3), np.zeros(4), ValueError, "shape"),
+        (np.ones((2, 3)), np.zeros((3, 2)), ValueError, "shape"),
+        (np.ones(6), np.zeros((2, 3)), ValueError, "shape"),
+        (np.ones((1, 3)), np.zeros(3), ValueError, "shape"),
+        (np.ones(3), np.zeros(3, np.float32), TypeError, "dtype"),
+        (np.ones(3, np.float32), np.zeros(3), TypeError, "dtype"),
+        (np.ones(3, np.int64), np.zeros(3, np.int64), TypeError, "dtype"),
+        (np.ones(3), [0.0, 0.0, 0.0], TypeError, "gradients"),
+        ([1.0, 1.0, 1.0], np.zeros(3), TypeError, "activations"),
+        (np.ma.ones(3), np.zeros(3), TypeError, "masked"),
+        (np.ones(3), np.ma.zeros(3), TypeError, "masked"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_at_first_is_refused_later(reg, activations, gradients, error, message):
+    before = np.array(gradients)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            reg.apply(activations, gradients)
+    assert (np.array(gradients) == before).all()
+
+
+def test_read_only_and_overlapping_gradients_are_refused(reg):
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        reg.apply(np.ones(3), frozen)
+    room = np.ones(4)
+    for x, g in (
+        (room, room),
+        (room[:3], room[1:]),
+        (room[1:], room[:3]),
+        (room[1:2], room[:2][1:]),
+    ):
+        with pytest.raises(ValueError, match="share memory"):
+            reg.apply(x, g)
+    assert (room == 1).all()
+    gradients = np.zeros(5)
+    reg.apply(gradients[:2] + 1, gradients[2:4])  # neighbours do not overlap
+    room = np.ones(4)
+    reg.apply(room[:2], room[2:])
+    assert (room[:2] == 1).all()
+    assert (room[2:] > 1).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_any_sequence_of_calls_is_right(reg, dtype):
+    rng = np.random.default_rng(0)
+    shapes = [(3,), (0,), (LARGE,), (3,), (2, 3), (), (2, 1, 4), (300, 200), (3,)]
+    for shape in shapes:
+        for spread in (False, True):
+            x = np.asarray(rng.normal(size=(*shape, 2)) if spread else rng.normal(size=shape))
+            x = x.astype(dtype)[..., 0] if spread else x.astype(dtype)
+            g = np.zeros((*shape, 3), dtype)[..., 1] if spread else np.zeros(shape, dtype)
+            g[...] = rng.normal(size=shape)
+            penalty, updated = exact_result(x, g, reg.norm, 0.1)
+            for found in (reg.apply(x, g), reg.penalty(x)):
+                assert type(found) is type(penalty)
+                assert found == penalty
+            assert g.tobytes() == updated.tobytes()
+
+
+def test_a_new_lam_counts_at_the_next_call(reg):
+    x, g = np.ones(4), np.zeros(4)
+    size = 2.0 if reg.norm is ActivityNorm.L2 else 4.0
+    for lam in (0.5, 0.0, 8.0):
+        reg.lam = lam
+        for _ in range(2):
+            assert reg.apply(x, g) == reg.penalty(x) == lam * size
+    reg.lam = 1e39
+    x, g = x.astype(np.float32), g.astype(np.float32)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too large"):
+            reg.apply(x, g)
+    assert (g == 0).all() or (g > 0).all()
+
+
+def test_a_new_choice_of_backend_counts_at_the_next_call(reg, monkeypatch):
+    used = []
+    reference = pytest.importorskip("actreg_dispatch.backends.reference")
+    original = reference.apply
+    monkeypatch.setattr(reference, "apply", lambda *a: used.append("numpy") or original(*a))
+    x, g = np.ones(3), np.zeros(3)
+    reg.apply(x, g)
+    assert not used
+    with use_backend("numpy"):
+        reg.apply(x, g)
+        assert len(used) == 1
+    reg.apply(x, g)
+    monkeypatch.setenv("ACTREG_BACKEND", "numpy")
+    reg.apply(x, g)
+    reg.apply(x, g)
+    assert len(used) == 3
+    monkeypatch.setenv("ACTREG_BACKEND", "numba")
+    reg.apply(x, g)
+    reg.apply(x, g)
+    monkeypatch.delenv("ACTREG_BACKEND")
+    reg.apply(x, g)
+    assert len(used) == 3
+
+
+def test_epsilon_and_what_is_not_finite():
+    reg = ActivityRegularization.l2(0.5, epsilon=25.0)
+    for _ in range(2):
+        gradients = np.zeros(2)
+        assert reg.apply(np.array([3.0, 4.0]), gradients) == 2.5
+        assert (gradients == 0).all()
+    for norm in ActivityNorm:
+        reg = ActivityRegularization(1.0, norm)
+        for value in (math.inf, math.nan, -math.inf):
+            gradients = np.zeros(2, np.float32)
+            for _ in range(2):
+                penalty = reg.apply(np.array([value, 1.0], np.float32), gradients)
+                np.testing.assert_equal(float(penalty), abs(value))
+
+
+def test_warming_up_leaves_nothing_to_compile(monkeypatch):
+    warmup(["float16", np.float32], ["l1", ActivityNorm.L2], strided=True)
+    monkeypatch.setattr(numba_cpu, "_compiled", None)
+    for dtype in (np.float16, np.float32):
+        for norm in ("l1", "l2"):
+            reg = ActivityRegularization(0.1, norm)
+            for size in (3, LARGE):
+                for spread in (1, 2):
+                    x, g = np.ones(spread * size, dtype), np.zeros(spread * size, dtype)
+                    reg.apply(x[::spread], g[::spread])
+                    reg.penalty(x[::spread])
