@@ -323,7 +323,7 @@ def test_thread_counts_and_layers_do_not_show(python):
 
 def test_no_memory_of_the_arrays_size_is_taken(python):
     code = """
-import resource, sys
+import resource, sys, tracemalloc
 import numpy as np
 from actreg_dispatch import ActivityRegularization
 def peak():
@@ -331,16 +331,21 @@ def peak():
 values = np.ones((4000, 4000), np.float32)
 gradients = np.zeros((4000, 8000), np.float32)[:, ::2]
 gradients += 1
+contiguous = gradients.copy()
 for norm in ("l1", "l2", "l2_squared"):  # compile for both layouts
     reg = ActivityRegularization(0.1, norm)
     reg.apply(values[:200], gradients[:200])
     reg.apply(values[:200], gradients[:200].copy())
     reg.penalty(values[:200]), reg.penalty(values[:200].T)
 before = peak()
+tracemalloc.start()
 for norm in ("l1", "l2", "l2_squared"):
     reg = ActivityRegularization(0.1, norm)
     reg.apply(values, gradients)
+    reg.apply(values, contiguous)
     reg.penalty(values.T)
-print((peak() - before) // 1024)
+print((peak() - before) // 1024, tracemalloc.get_traced_memory()[1])
 """
-    assert int(python("-c", code).stdout) <= 4  # MiB, of 61 that values take
+    growth, traced = map(int, python("-c", code).stdout.split())
+    assert growth <= 4  # MiB, of 61 that values take
+    assert traced < 2**20  # bytes

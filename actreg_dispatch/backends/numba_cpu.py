@@ -73,7 +73,10 @@ unavailable_because = (
     "NUMBA_DISABLE_JIT is set, which keeps Numba from compiling" if numba.config.DISABLE_JIT else ""
 )
 
-PARALLEL_FROM = 30_000  # elements; below, waking the threads costs more than they save
+# Elements from which on the threads are woken. Measured on two cores, L1, serial against parallel:
+# float32 3.0 against 3.7 µs at 24,000, 3.7 against 3.7 at 30,000, 5.4 against 4.6 at 45,000; float64
+# 5.3 against 6.4 µs at 16,000, 9.1 against 6.6 at 30,000.
+PARALLEL_FROM = 30_000
 
 _BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 
@@ -357,12 +360,6 @@ def _sum_nothing(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore
 
 
 @register_jitable
-def _cut(array, b):  # type: ignore[no-untyped-def]
-    """Return block ``b`` of a contiguous array of one axis."""
-    return array[b * _BLOCK : (b + 1) * _BLOCK]
-
-
-@register_jitable
 def _merged(sums):  # type: ignore[no-untyped-def]
     hi, lo = 0.0, 0.0
     for b in range(sums.shape[0]):
@@ -388,14 +385,14 @@ def _kernel(factory: Callable[..., Any], *key: Any) -> Any:
     return kernel
 
 
-def _compiled(kernel: Any, signature: Any, parallel: bool = False) -> Any:
+def _compiled(kernel: Any, signature: Any, parallel: bool = False, **options: Any) -> Any:
     """Compile ``kernel``, or load it from Numba's cache on disk.
 
     Loading takes 4 to 9 ms where compiling takes 0.2 to 3 s. Numba writes the files whole, so
     processes may race. Where the cache cannot be read or written, it is done without.
     """
     compiler: Any = numba.njit
-    options = {"parallel": parallel, "nogil": True, "error_model": "numpy"}
+    options |= {"parallel": parallel, "nogil": True, "error_model": "numpy"}
     if _caching():
         with contextlib.suppress(Exception):
             return compiler(signature, cache=True, **options)(kernel)
@@ -463,15 +460,14 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
         if parallel:
             sums = np.empty((blocks, 2))
             for b in numba.prange(blocks):
-                xs, gs = _cut(x, b), _cut(g, b)
+                xs, gs = x[b * _BLOCK : (b + 1) * _BLOCK], g[b * _BLOCK : (b + 1) * _BLOCK]
                 sums[b] = sum_row(xs, gs, 0.0, 0.0, magnitude, update, strength, 0.0)
             hi, lo = _merged(sums)
         else:
             hi, lo = 0.0, 0.0
             for b in range(blocks):
-                total, rest = sum_row(
-                    _cut(x, b), _cut(g, b), 0.0, 0.0, magnitude, update, strength, 0.0
-                )
+                xs, gs = x[b * _BLOCK : (b + 1) * _BLOCK], g[b * _BLOCK : (b + 1) * _BLOCK]
+                total, rest = sum_row(xs, gs, 0.0, 0.0, magnitude, update, strength, 0.0)
                 hi, lo = merge_pairs(hi, lo, total, rest)
         bound = anchored_bound(size) if anchored else PLAIN_BOUND
         floor = default if math.isnan(epsilon) else epsilon
@@ -482,15 +478,16 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
             return REFUSED if divides else UNDECIDED
         if divides and has_gradient:
             for b in numba.prange(blocks):
-                _sum_nothing(
-                    _cut(x, b), _cut(g, b), 0.0, 0.0, magnitude, _add_quotient, strength, divisor
-                )
+                xs, gs = x[b * _BLOCK : (b + 1) * _BLOCK], g[b * _BLOCK : (b + 1) * _BLOCK]
+                _sum_nothing(xs, gs, 0.0, 0.0, magnitude, _add_quotient, strength, divisor)
         return np.float64(penalty)
 
     element = numba.from_dtype(dtype)
     x = types.Array(element, 1, "C", readonly=True)
     g = types.Array(element, 1, "C", readonly=not writes)
-    return _compiled(kernel, types.float64(x, g, types.float64, types.float64), parallel)
+    # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
+    signature = types.float64(x, g, types.float64, types.float64)
+    return _compiled(kernel, signature, parallel, _nrt=parallel)
 
 
 def _flat_on_bits(*key: Any) -> Any:
