@@ -33,7 +33,8 @@ from actreg_dispatch.validation import check_activations, check_gradients, check
 __all__ = ["ActivityRegularization"]
 
 _NDARRAY = np.ndarray
-_NOTHING: tuple[Any, ...] = (None,) * 7
+_NO_LAST: tuple[Any, ...] = (None,) * 5
+_NO_PLAN: tuple[Any, dict[Any, Any]] = None, {}
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -126,8 +127,7 @@ class ActivityRegularization:
             epsilon = check_number("epsilon", epsilon)
         self._epsilon = epsilon
         self._floor = math.nan if epsilon is None else epsilon
-        self._asked: Any = None
-        self._functions: dict[tuple[np.dtype[Any], bool], tuple[Any, ...]] = {}
+        self._last, self._plan = _NO_LAST, _NO_PLAN
         self._backend = None if backend is None else check_name(backend, f"backend={backend!r}")
 
     @classmethod
@@ -156,7 +156,6 @@ class ActivityRegularization:
     def lam(self, value: float) -> None:
         self._lam = check_number("lam", value)
         self._prepared: dict[np.dtype[Any], tuple[float, float]] = {}
-        self._last = _NOTHING
 
     @property
     def norm(self) -> ActivityNorm:
@@ -334,7 +333,7 @@ class ActivityRegularization:
         >>> gradients
         array([0.4, 0.6])
         """
-        context, environment, dtype, function, lam, floor, zero = self._last
+        context, environment, dtype, function, zero = self._last
         if (  # the same kind of call as the last one
             activations.__class__ is _NDARRAY is gradients.__class__
             and activations.dtype is dtype
@@ -345,9 +344,9 @@ class ActivityRegularization:
             if x.ndim != 1:
                 x, g = _raveled(x, g)
             try:
-                penalty = REFUSED if x is None else function(x, g, lam, floor)
+                penalty = REFUSED if x is None else function(x, g, self._lam, self._floor)
             except TypeError:  # which takes some 50 µs, so not twice
-                penalty, self._last = REFUSED, _NOTHING
+                penalty, self._last = REFUSED, _NO_LAST
             if penalty >= 0.0:
                 return zero + penalty
             if penalty == UNDECIDED:
@@ -381,22 +380,21 @@ class ActivityRegularization:
         x, g = _raveled(activations, gradients)
         if x is None:
             return None
-        asked = asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)
-        if self._asked != asked:
-            self._asked, self._functions = asked, {}
-        functions = self._functions.get((dtype, writes), ())
+        asked, plan = (asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)), self._plan
+        if plan[0] != asked:  # tuples that are replaced as a whole, so threads may race
+            plan = self._plan = asked, {}
+        functions = plan[1].get((dtype, writes), ())
         try:
             for function in functions:
                 penalty = function(x, g, self._lam, self._floor)
                 if penalty != REFUSED:
                     break
             else:
-                found = self._find_function(dtype, x.size, writes)
-                if found is None or found in functions:
+                function = self._find_function(dtype, x.size, writes)
+                if function is None or function in functions:
                     return None
                 choose(NUMPY, dtype, self._backend)  # once more, to log it
-                function = found
-                self._functions[dtype, writes] = (*functions, function)
+                plan[1][dtype, writes] = (*functions, function)
                 penalty = function(x, g, self._lam, self._floor)
         except TypeError:  # read-only, misaligned, or not of one dtype
             return None
@@ -404,7 +402,7 @@ class ActivityRegularization:
             return None if penalty == REFUSED else self.finish(self.partial_sum(activations))
         scalar = COMPUTE_DTYPES[dtype].type
         if writes and _FLOATS_ARE_WEAK:
-            self._last = *asked, dtype, function, self._lam, self._floor, scalar(0)
+            self._last = *asked, dtype, function, scalar(0)
         return scalar(penalty)
 
     def _find_function(
@@ -443,12 +441,7 @@ class ActivityRegularization:
         return self._lam, self._norm, self._epsilon, self._backend
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_prepared": {},
-            "_last": _NOTHING,
-            "_functions": {},
-            "_asked": None,
-        }
+        return self.__dict__ | {"_prepared": {}, "_last": _NO_LAST, "_plan": _NO_PLAN}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ActivityRegularization):

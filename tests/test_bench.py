@@ -51,9 +51,9 @@ def test_figures_follow_from_the_times(results):
         if (r["operation"], r["norm"], r["dtype"], r["size"]) == ("apply", "l2", "float32", 4000)
     ]
     limit, ours, _, peer = case
-    assert ours["gigabytes_per_second"] == pytest.approx(4 * 4 * 4000 / ours["seconds"] / 1e9)
-    assert ours["ratio_to_limit"] == pytest.approx(ours["seconds"] / limit["seconds"])
-    assert ours["ratio_to_best_peer"] == pytest.approx(ours["seconds"] / peer["seconds"])
+    assert ours["gigabytes_per_second"] == pytest.approx(4 * 4 * 4000 / ours["seconds"] / 1e9, 1e-3)
+    assert ours["ratio_to_limit"] == pytest.approx(ours["seconds"] / limit["seconds"], 1e-3)
+    assert ours["ratio_to_best_peer"] == pytest.approx(ours["seconds"] / peer["seconds"], 1e-3)
     assert ours["best_peer"] == "NumPy"
 
 
@@ -62,7 +62,8 @@ def test_the_readme_gets_the_table_and_keeps_the_rest(results, capsys, monkeypat
     text = (results / "README.md").read_text()
     assert text.startswith(f"above\n{report.BEGIN}\nMeasured with `actreg bench` on ")
     assert text.endswith(f"{report.END}\nbelow\n")
-    assert text.count("| `apply` l1, float32 |") == 2
+    assert "\n| elements | 1 | 4,000 |\n| --- | ---: | ---: |\n" in text
+    assert text.count("| `apply` l1, float32 |") == 1
     assert "old" not in text
     again = ["bench", "--from-json", str(results / "results.json")]
     assert main([*again, "--readme", str(results / "README.md")]) == 0

@@ -50,11 +50,7 @@ def print_table(records: Sequence[Record], console: Console) -> None:
             f"{record['gigabytes_per_second']:.1f}",
             _ratio(record["ratio_to_limit"]),
             _ratio(record["ratio_to_best_peer"]),
-            style="bold"
-            if record["kind"] == "ours"
-            else "dim"
-            if record["kind"] == "limit"
-            else "",
+            style={"ours": "bold", "limit": "dim", "peer": ""}[record["kind"]],
         )
         previous = case
     console.print(table)
@@ -62,7 +58,16 @@ def print_table(records: Sequence[Record], console: Console) -> None:
 
 def save(results: dict[str, Any], path: Path) -> None:
     """Write everything that was measured as JSON."""
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    records = ",\n".join(json.dumps(_rounded(record)) for record in results["records"])
+    rest = json.dumps({name: _rounded(part) for name, part in results.items() if name != "records"})
+    path.write_text(f'{rest[:-1]},\n"records": [\n{records}\n]}}\n', encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """Return ``value`` with every float in it cut to five digits."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -80,9 +85,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     panels = list(dict.fromkeys((r["operation"], r["norm"], r["dtype"]) for r in records))
     if not panels:
         return
-    columns = min(3, len(panels))
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     names = list(dict.fromkeys(r["contender"] for r in records))
     lines: dict[str, Any] = {}
@@ -112,7 +117,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6)
     figure.suptitle(_setting(results))
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=72)
 
 
 def _setting(results: dict[str, Any]) -> str:
@@ -122,43 +127,28 @@ def _setting(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Return the table of the README, in Markdown, with what its figures depend on."""
+    """Return the tables of the README, in Markdown, with what their figures depend on."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    bare_call = f"{results['settings']['bare_call']:,}"
     lines = [
         f"Measured with `actreg bench` on {_setting(results)} ({machine['threading_layer']}), "
         f"{machine['system']}, Python {machine['python']}, {versions}. Medians of "
-        f"{results['settings']['repeats']} interleaved rounds.",
+        f"{results['settings']['repeats']} interleaved rounds: the time; its ratio to the limit / "
+        f"to the fastest peer, round by round.",
         "",
-        "| work | elements | time | GB/s | × limit | × best peer |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for record in results["records"]:
-        if record["contender"] != "numba":
-            continue
-        layout = "" if record["layout"] == "contiguous" else f", {record['layout']}"
-        peer = record["best_peer"]
-        beside = f"{_ratio(record['ratio_to_best_peer'])} ({peer})" if peer else ""
-        lines.append(
-            f"| `{record['operation']}` {record['norm']}, {record['dtype']}{layout} "
-            f"| {record['size']:,} | {_seconds(record['seconds'])} "
-            f"| {record['gigabytes_per_second']:.1f} | {_ratio(record['ratio_to_limit'])} "
-            f"| {beside} |"
-        )
-    lines += [
+        *_pivot(results["records"]),
         "",
-        f"The limit is a parallel loop in Numba that reads and writes the same bytes (`g += c·x` "
-        f"for L1 and squared L2, a sum of x for `penalty`, both for L2); up to "
-        f"{results['settings']['bare_call']:,} elements, the call of a compiled function of two "
-        f"arrays that does nothing; for strided arrays, a loop written by hand.",
+        f"The limit is a parallel loop in Numba that reads and writes the same bytes: `g += c·x` "
+        f"for L1 and squared L2, a sum of x for `penalty`, both for L2. Up to {bare_call} elements "
+        f"it is the call of a compiled function of two arrays that does nothing, and for strided "
+        f"arrays a loop written by hand. The peers are {_peers(results['records'])}.",
     ]
-    if results.get("first_calls"):
+    if results["first_calls"]:
         lines += ["", "| in a fresh process | empty cache | full cache |", "| --- | ---: | ---: |"]
         empty, full = (results["first_calls"][state] for state in ("empty cache", "full cache"))
-        lines += [
-            f"| {name} | {_seconds(empty[name])} | {_seconds(full[name])} |" for name in empty
-        ]
-    if results.get("slopes"):
+        lines += [f"| {n} | {_seconds(empty[n])} | {_seconds(full[n])} |" for n in empty]
+    if results["slopes"]:
         found = results["slopes"].values()
         lines += [
             "",
@@ -166,6 +156,30 @@ def summary(results: dict[str, Any]) -> str:
             f"and {max(found):.2f} (least squares, a fit for each of {len(found)} series).",
         ]
     return "\n".join(lines)
+
+
+def _pivot(records: Sequence[Record]) -> list[str]:
+    """Return a table of what the backend ``numba`` took, a column for each size."""
+    cells: dict[str, dict[int, str]] = {}
+    for record in records:
+        if record["contender"] == "numba":
+            layout = "" if record["layout"] == "contiguous" else f", {record['layout']}"
+            row = f"`{record['operation']}` {record['norm']}, {record['dtype']}{layout}"
+            ratios = [_ratio(record[f"ratio_to_{rival}"]) for rival in ("limit", "best_peer")]
+            cells.setdefault(row, {})[record["size"]] = (
+                f"{_seconds(record['seconds'])}; {' / '.join(filter(None, ratios))}"
+            )
+    sizes = sorted({size for row in cells.values() for size in row})
+    return [
+        f"| elements | {' | '.join(f'{size:,}' for size in sizes)} |",
+        f"| --- {'| ---: ' * len(sizes)}|",
+        *(f"| {row} | {' | '.join(c.get(n, '') for n in sizes)} |" for row, c in cells.items()),
+    ]
+
+
+def _peers(records: Sequence[Record]) -> str:
+    names = dict.fromkeys(r["contender"] for r in records if r["kind"] == "peer" and r["agrees"])
+    return ", ".join(names) or "none"
 
 
 def update_readme(results: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Timing: everything on the same arrays, taken in turns, medians of the rounds.
+"""Timing: everything on the same arrays, taken in turns, medians over the rounds.
 
 A machine is rarely quiet for long. Contenders take turns within a round, so that a disturbance
 hits all of them, and each sleeps before its turn, so that the threads of the one before, which
@@ -101,9 +101,21 @@ def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> 
         for contender, run in runs.items():
             times[contender].append(_time(run.step, turns[contender]))
     seconds = {contender: statistics.median(times[contender]) for contender in runs}
-    limit = min((s for c, s in seconds.items() if c.kind == "limit"), default=None)
-    peers = {c: s for c, s in seconds.items() if c.kind == "peer" and agrees[c]}
-    best = min(peers, key=peers.__getitem__, default=None)
+    rivals = {
+        kind: min(
+            (c for c in runs if c.kind == kind and agrees[c]), key=seconds.__getitem__, default=None
+        )
+        for kind in ("limit", "peer")
+    }
+
+    def ratio(contender: Contender, kind: str) -> float | None:
+        """Return the median of the ratios of the rounds, which a slower minute does not move."""
+        rival = rivals[kind]
+        if rival is None:
+            return None
+        pairs = zip(times[contender], times[rival], strict=True)
+        return statistics.median(own / other for own, other in pairs)
+
     return [
         {
             "operation": case.operation,
@@ -117,9 +129,9 @@ def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> 
             "seconds": seconds[contender],
             "fastest": min(times[contender]),
             "gigabytes_per_second": case.bytes_moved() / seconds[contender] / 1e9,
-            "ratio_to_limit": limit and seconds[contender] / limit,
-            "ratio_to_best_peer": best and seconds[contender] / seconds[best],
-            "best_peer": best and best.name,
+            "ratio_to_limit": ratio(contender, "limit"),
+            "ratio_to_best_peer": ratio(contender, "peer"),
+            "best_peer": rivals["peer"] and rivals["peer"].name,
         }
         for contender in runs
     ]
