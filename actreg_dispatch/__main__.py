@@ -109,6 +109,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--threads", type=_positive, help="processors (default: all)")
     bench.add_argument("--json", type=Path, help="write all figures here")
     bench.add_argument("--png", type=Path, help="draw throughput against size here")
+    bench.add_argument("--overwrite", action="store_true", help="replace the files they name")
     bench.add_argument("--readme", type=Path, help="replace the table in this Markdown file")
     bench.add_argument("--from-json", type=Path, help="show the figures of a former run")
     bench.set_defaults(run=_bench)
@@ -154,12 +155,9 @@ def _demo(options: argparse.Namespace) -> int:
     if name != AUTO:
         usable(name, source)  # or it is told before the work
     out = options.out or _free_name("actreg-demo", ".png")
-    if out.suffix.lower() != ".png":
-        return _fail(f"--out {out} is no PNG; let the name end in .png")
-    if out.is_dir() or (out.exists() and not options.overwrite):
-        return _fail(f"--out {out} exists; name another file, or add --overwrite to replace a file")
-    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
-        return _fail(f"--out {out} cannot be written: {out.parent} is no folder to write to")
+    problem = _not_writable("--out", out, ".png", options.overwrite)
+    if problem:
+        return _fail(problem)
     try:
         from actreg_dispatch import demo
     except ImportError as error:
@@ -179,12 +177,30 @@ def _bench(options: argparse.Namespace) -> int:
             f"the benchmark needs {error.name}; install it and all peers with: "
             f"python -m pip install 'actreg-dispatch[bench]'"
         )
-    return bench.main(options)
+    for option, path, suffix in (("--json", options.json, ".json"), ("--png", options.png, ".png")):
+        problem = path and _not_writable(option, path, suffix, options.overwrite)
+        if problem:
+            return _fail(problem)
+    try:
+        return bench.main(options)
+    except bench.BadFileError as error:
+        return _fail(str(error))
 
 
 def _free_name(stem: str, suffix: str) -> Path:
     names = itertools.chain([stem + suffix], (f"{stem}-{n}{suffix}" for n in itertools.count(2)))
     return next(path for path in map(Path, names) if not path.exists())
+
+
+def _not_writable(option: str, path: Path, suffix: str, overwrite: bool) -> str:
+    """Return why no file can be written there, to be told before the work; empty if one can."""
+    if path.suffix.lower() != suffix:
+        return f"{option} {path} is no {suffix[1:].upper()}; let the name end in {suffix}"
+    if path.is_dir() or (path.exists() and not overwrite):
+        return f"{option} {path} exists; name another file, or add --overwrite to replace a file"
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        return f"{option} {path} cannot be written: {path.parent} is no folder to write to"
+    return ""
 
 
 def _fail(message: str) -> int:

@@ -75,11 +75,29 @@ def test_the_picture_is_a_png(results):
     assert (results / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_readme_without_marks_is_left_alone(results, tmp_path):
-    (tmp_path / "README.md").write_text("nothing here\n")
-    with pytest.raises(ValueError, match="no place for the table"):
-        report.update_readme(report.load(results / "results.json"), tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == "nothing here\n"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--json", "results.txt"], "let the name end in .json"),
+        (["--json", "there.json"], "add --overwrite"),
+        (["--png", "nowhere/picture.png"], "no folder to write to"),
+        (["--readme", "there.json"], "has no place for the table"),
+        (["--readme", "missing.md"], "cannot be read"),
+        (["--from-json", "missing.json"], "cannot be read"),
+        (["--from-json", "there.json"], "not written by actreg bench"),
+    ],
+)
+def test_bad_files_are_told_before_the_work(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.json").write_text("{}")
+    monkeypatch.setattr(timing, "_measure_case", None)
+    assert main(["bench", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "there.json").read_text() == "{}"
+
+
+def test_every_peer_is_on_the_list():
+    assert [c.name for c in CONTENDERS if c.kind == "peer"] == list(PEERS)
 
 
 TAKEN_BY_ALL = {"operation": {"apply", "penalty"}, "norm": set(ActivityNorm), "dtype": set(DTYPES)}

@@ -17,17 +17,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from actreg_dispatch.bench import report
 from actreg_dispatch.bench.contenders import BARE_CALL, CONTENDERS, LAYOUTS, Case
+from actreg_dispatch.bench.report import BadFileError
 from actreg_dispatch.bench.timing import first_calls, machine, measure, slope
 from actreg_dispatch.norms import ActivityNorm
 
-__all__ = ["main"]
+__all__ = ["BadFileError", "main"]
 
 _STRIDED_SIZE = 2_000_000
 
 
 def main(options: argparse.Namespace) -> int:
-    """Measure, or take ``--from-json``, and show; return the exit status."""
+    """Measure, or take ``--from-json``, and show; return the exit status.
+
+    Raises
+    ------
+    BadFileError
+        If a file that is to be read is not what it should be; before anything is measured.
+    """
     console = Console()
+    if options.readme is not None:
+        report.split_readme(options.readme)  # or it is told before the work
     if options.from_json is not None:
         results = report.load(options.from_json)
     else:

@@ -10,11 +10,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["draw", "load", "print_table", "save", "summary", "update_readme"]
+__all__ = [
+    "BadFileError",
+    "draw",
+    "load",
+    "print_table",
+    "save",
+    "split_readme",
+    "summary",
+    "update_readme",
+]
 
 BEGIN, END = "<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"
 
 Record = dict[str, Any]
+
+
+class BadFileError(ValueError):
+    """A file that was named on the command line is not what it should be."""
 
 
 def _seconds(value: float) -> str:
@@ -71,8 +84,22 @@ def _rounded(value: Any) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what :func:`save` wrote."""
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Read what :func:`save` wrote.
+
+    Raises
+    ------
+    BadFileError
+        If it is not such a file.
+    """
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"machine", "settings", "records", "first_calls", "slopes"} - set(results)
+    except (OSError, ValueError) as error:
+        raise BadFileError(f"--from-json {path} cannot be read: {error}") from None
+    if missing:
+        raise BadFileError(
+            f"--from-json {path} was not written by actreg bench; it lacks {missing}"
+        )
     return results
 
 
@@ -182,17 +209,28 @@ def _peers(records: Sequence[Record]) -> str:
     return ", ".join(names) or "none"
 
 
-def update_readme(results: dict[str, Any], path: Path) -> None:
-    """Replace what stands between the two marks in ``path`` by :func:`summary`.
+def split_readme(path: Path) -> tuple[str, str]:
+    """Return what stands before and after the place for the tables in ``path``.
 
     Raises
     ------
-    ValueError
-        If the marks are not there.
+    BadFileError
+        If the file cannot be read or has no such place.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadFileError(f"--readme {path} cannot be read: {error}") from None
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{path} has no place for the table; put {BEGIN} and {END} there")
+        raise BadFileError(
+            f"--readme {path} has no place for the table; put {BEGIN} and {END} there"
+        )
+    return before, after
+
+
+def update_readme(results: dict[str, Any], path: Path) -> None:
+    """Replace what stands between the two marks in ``path`` by :func:`summary`."""
+    before, after = split_readme(path)
     path.write_text(f"{before}{BEGIN}\n{summary(results)}\n{END}{after}", encoding="utf-8")
