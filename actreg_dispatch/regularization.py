@@ -336,7 +336,7 @@ class ActivityRegularization:
         context, environment, dtype, function, zero = self._last
         if (  # the same kind of call as the last one
             activations.__class__ is _NDARRAY is gradients.__class__
-            and activations.dtype is dtype
+            and activations.dtype is dtype is gradients.dtype
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
         ):
@@ -378,7 +378,7 @@ class ActivityRegularization:
             return None
         dtype = activations.dtype
         x, g = _raveled(activations, gradients)
-        if x is None:
+        if x is None or g.dtype != dtype:  # Numba would not always tell a foreign byte order
             return None
         asked, plan = (asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)), self._plan
         if plan[0] != asked:  # tuples that are replaced as a whole, so threads may race
@@ -396,7 +396,7 @@ class ActivityRegularization:
                 choose(NUMPY, dtype, self._backend)  # once more, to log it
                 plan[1][dtype, writes] = (*functions, function)
                 penalty = function(x, g, self._lam, self._floor)
-        except TypeError:  # read-only, misaligned, or not of one dtype
+        except TypeError:  # read-only
             return None
         if penalty < 0.0:
             return None if penalty == REFUSED else self.finish(self.partial_sum(activations))

@@ -69,6 +69,10 @@ from actreg_dispatch.norms import ActivityNorm
 __all__ = [
     "ANCHORED_TERMS",
     "COMPUTE_DTYPES",
+    "FLOAT16",
+    "FLOAT32",
+    "FLOAT64",
+    "LIMB",
     "NATIVE_DTYPES",
     "PLAIN_BOUND",
     "PLAIN_TERMS",
@@ -79,11 +83,14 @@ __all__ = [
     "anchored_bound",
     "certified",
     "compute_dtype",
+    "degree_of",
     "exact_sum",
+    "limbs_of",
     "merge_pairs",
     "results_of",
     "round_to",
     "two_sum",
+    "units_of",
 ]
 
 FLOAT16 = np.dtype(np.float16)
@@ -235,7 +242,7 @@ class PartialSum:
     units : int
         The sum in units of ``2**(-1074 * degree)``.
     special : float
-        Infinity or NaN, once met, else 0.
+        Infinity or NaN, once met, else 0; then ``units`` are 0.
 
     Examples
     --------
@@ -250,6 +257,10 @@ class PartialSum:
     dtype: np.dtype[Any]
     units: int = 0
     special: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.special:
+            object.__setattr__(self, "units", 0)
 
     def __add__(self, other: PartialSum) -> PartialSum:
         """Return the sum over both pieces.
@@ -274,6 +285,10 @@ class PartialSum:
 
     def __float__(self) -> float:
         return self.special or _binary64(self._value())
+
+    def __repr__(self) -> str:
+        power = "" if self.degree == 1 else f"**{self.degree}"
+        return f"<PartialSum of |x|{power} for {self.dtype} penalties, about {float(self)!r}>"
 
     def rounded(self) -> float | Fraction:
         """Return the sum rounded to 53 bits: ``RN64(S)``, a Fraction outside the normal range."""

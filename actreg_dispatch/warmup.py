@@ -12,31 +12,32 @@ from actreg_dispatch.regularization import ActivityRegularization
 
 __all__ = ["warmup"]
 
-_SIZES = (1, 1 << 17)  # elements, for the serial and for the parallel kernels
+_SIZES = (2, 1 << 17)  # elements, for the serial and for the parallel kernels
 
 
 def warmup(
-    dtypes: Iterable[Any] = (np.float32, np.float64),
-    norms: Iterable[str | ActivityNorm] = tuple(ActivityNorm),
+    dtypes: Any = (np.float32, np.float64),
+    norms: str | ActivityNorm | Iterable[str | ActivityNorm] = tuple(ActivityNorm),
     *,
     backend: str | None = None,
     strided: bool = False,
 ) -> None:
-    """Compile, or load from the cache, all that calls with these dtypes and norms will need.
+    """Compile, or load from the cache, what calls with these dtypes and norms will run.
 
-    A kernel is compiled at its first call otherwise, which takes 0.2 to 3 s, or 4 to 9 ms if an
-    earlier process left it in Numba's cache.
+    A kernel is compiled at its first call otherwise, which takes some tenths of a second to some
+    seconds, or a few milliseconds if an earlier process left it in Numba's cache.
 
     Parameters
     ----------
-    dtypes : iterable of dtype, default float32 and float64
+    dtypes : dtype or iterable of dtypes, default float32 and float64
         The dtypes of the activations.
-    norms : iterable of str or ActivityNorm, default all
+    norms : str, ActivityNorm or iterable of them, default all
         The norms.
     backend : str, optional
         The backend, as :class:`ActivityRegularization` takes it.
     strided : bool, default False
-        Whether to do the same for arrays that are not contiguous.
+        Whether to do the same for arrays that are not contiguous. The rare contiguous array whose
+        L2 norm takes a second sum runs some of these kernels, too.
 
     Raises
     ------
@@ -45,14 +46,14 @@ def warmup(
 
     Examples
     --------
-    >>> warmup(["float32"], ["l1"])
+    >>> warmup("float32", "l1")
     """
-    norms = tuple(norms)
-    for dtype in dtypes:
-        for norm in norms:
+    for dtype in (dtypes,) if isinstance(dtypes, (str, type, np.dtype)) else tuple(dtypes):
+        for norm in (norms,) if isinstance(norms, (str, ActivityNorm)) else tuple(norms):
             reg = ActivityRegularization(0.0, norm, backend=backend)
             for size in _SIZES:
-                plain, spread = np.zeros((2, size), dtype), np.zeros((2, size, 2), dtype)[..., 0]
+                plain, spread = np.ones((2, size), dtype), np.ones((2, size, 2), dtype)[..., 0]
                 for activations, gradients in (plain, spread) if strided else (plain,):
                     reg.apply(activations, gradients)
                     reg.penalty(activations)
+            reg.partial_sum(plain)

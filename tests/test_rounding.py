@@ -80,6 +80,20 @@ def test_partial_sums_of_different_kinds_do_not_add_up():
     )
 
 
+def test_partial_sums_that_are_not_finite_compare_however_they_were_split():
+    for name in ("numpy", "numba"):
+        reg = ActivityRegularization(1.0, backend=name)
+        whole = reg.partial_sum(np.array([math.inf, 1.0, 2.0]))
+        pieces = [reg.partial_sum(np.array([value])) for value in (2.0, math.inf, 1.0)]
+        assert sum(pieces) == whole
+        assert whole == ActivityRegularization(1.0).partial_sum(np.array([math.inf]))
+
+
+def test_a_partial_sum_is_shown_in_short():
+    total = ActivityRegularization.l2(1.0).partial_sum(np.array([3.0, 4.0]))
+    assert repr(total) == "<PartialSum of |x|**2 for float64 penalties, about 25.0>"
+
+
 def test_partial_sums_travel():
     total = ActivityRegularization.l1(1.0).partial_sum(np.array([0.1, -0.2]))
     assert pickle.loads(pickle.dumps(total)) == total

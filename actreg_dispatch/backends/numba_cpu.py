@@ -78,7 +78,14 @@ unavailable_because = (
 # at 16,000, 9.1 and 6.6 at 30,000.
 PARALLEL_FROM = 30_000
 
+_CACHING = {"": True, "0": False, "1": True}.get(os.environ.get("ACTREG_CACHE", "").strip())
+if _CACHING is None:
+    raise ValueError(
+        f"the environment variable ACTREG_CACHE={os.environ['ACTREG_CACHE']!r} must be 0 or 1"
+    )
+
 _BLOCK = PLAIN_TERMS  # elements that one thread does at a time
+_LOW = (1 << LIMB) - 1  # the bits of a limb
 
 # Compiled code calls the shared arithmetic by its own name.
 for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified):
@@ -360,6 +367,37 @@ def _sum_nothing(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore
 
 
 @register_jitable
+def _tally_row(row, bins, squares):  # type: ignore[no-untyped-def]
+    """Add the limbs of every element, or of its square, to the bin of its exponent.
+
+    Returns infinity or NaN once met, else 0. A limb is below 2²⁸, so a bin holds 2³⁵ of them.
+    """
+    special = 0.0
+    for j in range(row.size):
+        magnitude = abs(np.float64(_widen(row[j])))
+        bits = _bits(magnitude)
+        exponent = bits >> 52
+        if exponent == 2047:
+            special += magnitude
+            continue
+        significand = bits & ((1 << 52) - 1)
+        if exponent > 0:
+            significand |= 1 << 52  # implied, but in subnormal numbers
+            exponent -= 1
+        low, high = significand & _LOW, significand >> LIMB
+        if squares:
+            ends, middle, top = low * low, 2 * low * high, high * high
+            bins[exponent, 0] += ends & _LOW
+            bins[exponent, 1] += (ends >> LIMB) + (middle & _LOW)
+            bins[exponent, 2] += (middle >> LIMB) + (top & _LOW)
+            bins[exponent, 3] += top >> LIMB
+        else:
+            bins[exponent, 0] += low
+            bins[exponent, 1] += high
+    return special
+
+
+@register_jitable
 def _merged(sums):  # type: ignore[no-untyped-def]
     hi, lo = 0.0, 0.0
     for b in range(sums.shape[0]):
@@ -388,22 +426,15 @@ def _kernel(factory: Callable[..., Any], *key: Any) -> Any:
 def _compiled(kernel: Any, signature: Any, parallel: bool = False, **options: Any) -> Any:
     """Compile ``kernel``, or load it from Numba's cache on disk.
 
-    Loading takes 4 to 9 ms where compiling takes 0.2 to 3 s. Numba writes the files whole, so
+    Loading takes 4 to 9 ms where compiling takes 0.2 to 3 s. Numba puts whole files in place, so
     processes may race. Where the cache cannot be read or written, it is done without.
     """
     compiler: Any = numba.njit
     options |= {"parallel": parallel, "nogil": True, "error_model": "numpy"}
-    if _caching():
+    if _CACHING:
         with contextlib.suppress(Exception):
             return compiler(signature, cache=True, **options)(kernel)
     return compiler(signature, **options)(kernel)
-
-
-def _caching() -> bool:
-    value = os.environ.get("ACTREG_CACHE", "1").strip().lower()
-    if value not in ("0", "1"):
-        raise ValueError(f"the environment variable ACTREG_CACHE={value!r} must be 0 or 1")
-    return value == "1"
 
 
 @functools.cache
@@ -453,8 +484,10 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
         _ = edition
         size, reach = x.size, x.size * x.itemsize
         apart = abs(_address(x) - _address(g)) >= reach or not writes
+        aligned = (_address(x) | _address(g)) % x.itemsize == 0  # which Numba takes for granted
         strength = np.float64(real(lam))
-        if size != g.size or not apart or strength > largest or (size >= PARALLEL_FROM) != parallel:
+        taken = apart and aligned and size == g.size and strength <= largest
+        if not taken or (size >= PARALLEL_FROM) != parallel:
             return REFUSED
         blocks = -(-size // _BLOCK)
         if parallel:
@@ -536,37 +569,16 @@ def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], paral
 
 
 def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
-    """Compile the exact sum: the limbs of every element go to the bin of its exponent.
-
-    Returns infinity or NaN once met, else 0. A limb is below 2²⁸, so a bin holds 2³⁵ of them.
-    """
-    mask, squares = (1 << LIMB) - 1, degree == 2
+    """Compile the exact sum over a view of three axes."""
+    squares = degree == 2
     edition = _edition()
 
     def kernel(x, bins):  # type: ignore[no-untyped-def]
         _ = edition
         special = 0.0
-        for i, j, k in np.ndindex(x.shape):
-            magnitude = abs(np.float64(_widen(x[i, j, k])))
-            bits = _bits(magnitude)
-            exponent = bits >> 52
-            if exponent == 2047:
-                special += magnitude
-                continue
-            significand = bits & ((1 << 52) - 1)
-            if exponent > 0:
-                significand |= 1 << 52  # implied, but in subnormal numbers
-                exponent -= 1
-            low, high = significand & mask, significand >> LIMB
-            if squares:
-                ends, middle, top = low * low, 2 * low * high, high * high
-                bins[exponent, 0] += ends & mask
-                bins[exponent, 1] += (ends >> LIMB) + (middle & mask)
-                bins[exponent, 2] += (middle >> LIMB) + (top & mask)
-                bins[exponent, 3] += top >> LIMB
-            else:
-                bins[exponent, 0] += low
-                bins[exponent, 1] += high
+        for plane in range(x.shape[0]):
+            for row in range(x.shape[1]):
+                special += _tally_row(x[plane, row], bins, squares)
         return special
 
     x = types.Array(numba.from_dtype(dtype), 3, "A", readonly=True)
