@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import itertools
 import os
@@ -72,46 +73,52 @@ def _add_bench(commands: Any) -> None:
     bench = commands.add_parser(
         "bench",
         help="time the backends against the machine's limits and against other libraries",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    several: dict[str, Any] = {"nargs": "+", "metavar": "..."}
-    bench.add_argument(
+
+    def several(name: str, default: list[Any], explanation: str, **options: Any) -> None:
+        bench.add_argument(
+            name,
+            nargs="+",
+            metavar=name[2:-1].upper(),
+            default=default,
+            help=explanation,
+            **options,
+        )
+
+    several(
         "--sizes",
+        [1, 1000, 100_000, 1_000_000, 20_000_000, 100_000_000],
+        "numbers of elements (default: 1 1000 1e5 1e6 2e7 1e8, which take some 8 GB)",
         type=_size,
-        default=[1, 1000, 100_000, 1_000_000, 20_000_000, 100_000_000],
-        help="elements; 2e7 is understood",
-        **several,
     )
-    bench.add_argument(
+    several(
         "--dtypes",
+        ["float32", "float64"],
+        "of float16, bfloat16, float32, float64 (default: float32 float64)",
         choices=("float16", "bfloat16", "float32", "float64"),
-        default=["float32", "float64"],
-        help="of the arrays",
-        **several,
     )
-    norms = list(ActivityNorm)
-    bench.add_argument("--norms", type=_norm, default=norms, help="l1, l2, l2_squared", **several)
+    several("--norms", list(ActivityNorm), "of l1, l2, l2_squared (default: all)", type=_norm)
     operations = ["apply", "penalty"]
-    bench.add_argument(
-        "--operations", choices=operations, default=operations, help="what is done", **several
-    )
+    several("--operations", operations, "apply or penalty (default: both)", choices=operations)
     bench.add_argument(
         "--peers",
-        choices=PEERS,
-        default=PEERS,
-        help=f"which of those that are installed: {', '.join(PEERS)}",
         nargs="*",
-        metavar="...",
+        metavar="PEER",
+        default=PEERS,
+        choices=PEERS,
+        help=f"of {', '.join(PEERS)} (default: all that are installed)",
     )
-    bench.add_argument("--strided", action="store_true", help="strided float arrays, too")
-    bench.add_argument("--first-calls", action="store_true", help="fresh processes, too")
-    bench.add_argument("--repeats", type=_positive, default=11, help="rounds")
-    bench.add_argument("--threads", type=_positive, help="processors (default: all)")
-    bench.add_argument("--json", type=Path, help="write all figures here")
-    bench.add_argument("--png", type=Path, help="draw throughput against size here")
+    bench.add_argument("--strided", action="store_true", help="add strided arrays")
+    bench.add_argument("--first-calls", action="store_true", help="add fresh processes")
+    bench.add_argument("--repeats", type=_positive, default=11, help="rounds (default: 11)")
+    bench.add_argument("--threads", type=_positive, help="processors to use (default: all)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    bench.add_argument("--png", type=Path, metavar="FILE", help="draw throughput against size here")
     bench.add_argument("--overwrite", action="store_true", help="replace the files they name")
-    bench.add_argument("--readme", type=Path, help="replace the table in this Markdown file")
-    bench.add_argument("--from-json", type=Path, help="show the figures of a former run")
+    bench.add_argument(
+        "--readme", type=Path, metavar="FILE", help="put the tables in this Markdown"
+    )
+    bench.add_argument("--from-json", type=Path, metavar="FILE", help="show a former run")
     bench.set_defaults(run=_bench)
 
 
@@ -172,6 +179,11 @@ def _demo(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     try:
         from actreg_dispatch import bench
+
+        if options.png is not None:
+            importlib.import_module("matplotlib")
+        if "bfloat16" in options.dtypes:
+            importlib.import_module("ml_dtypes")
     except ImportError as error:
         return _fail(
             f"the benchmark needs {error.name}; install it and all peers with: "
@@ -185,6 +197,8 @@ def _bench(options: argparse.Namespace) -> int:
         return bench.main(options)
     except bench.BadFileError as error:
         return _fail(str(error))
+    except MemoryError as error:
+        return _fail(f"there is not enough memory for these --sizes: {error}; ask for smaller ones")
 
 
 def _free_name(stem: str, suffix: str) -> Path:

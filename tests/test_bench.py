@@ -121,7 +121,7 @@ TAKEN = {
 def test_peers_do_the_same_work(name, operation, norm, dtype):
     contender = BY_NAME[name]
     if not contender.is_installed():
-        pytest.skip(f"{contender.module} is not installed")
+        pytest.skip(f"{contender.modules} are not installed")
     case = Case(operation, norm, dtype, 500)
     (records,) = timing.measure([case], [contender], 1)
     taken = TAKEN_BY_ALL | TAKEN.get(name, {})
@@ -147,11 +147,27 @@ def test_a_wrong_result_is_told_and_is_no_peer():
         return Run(lambda: 0.0, lambda: task.gradients)
 
     case = Case("apply", ActivityNorm.L1, "float32", 2000)
-    liar = Contender("liar", "peer", "numpy", wrong)
+    liar = Contender("liar", "peer", ("numpy",), wrong)
     (records,) = timing.measure([case], [BY_NAME["numba"], liar], 1)
     assert [record["agrees"] for record in records] == [True, False]
     assert records[0]["best_peer"] is None
     assert records[0]["ratio_to_best_peer"] is None
+
+
+def test_a_peer_that_fails_is_left_out():
+    def fails(task):
+        raise OSError("no compiler")
+
+    case = Case("apply", ActivityNorm.L1, "float32", 2000)
+    broken = Contender("broken", "peer", ("numpy",), fails)
+    with pytest.warns(UserWarning, match="broken failed at .*no compiler"):
+        (records,) = timing.measure([case], [BY_NAME["numba"], broken], 1)
+    assert [record["contender"] for record in records] == ["numba"]
+
+
+def test_too_large_a_size_is_explained(capsys):
+    assert main(["bench", "--sizes", "1e17", "--dtypes", "float32", "--norms", "l1"]) == 2
+    assert "not enough memory" in capsys.readouterr().err
 
 
 def test_peers_stop_where_their_temporaries_may_not_fit(monkeypatch):
@@ -208,8 +224,11 @@ def test_bad_options_are_explained(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-def test_what_is_missing_is_named(python):
-    code = "import sys; sys.modules['rich'] = None; import actreg_dispatch.__main__ as m; "
-    done = python("-c", code + "sys.exit(m.main(['bench']))", check=False)
+@pytest.mark.parametrize("missing", ["rich", "matplotlib", "ml_dtypes"])
+def test_what_is_missing_is_named_before_the_work(python, missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import actreg_dispatch.__main__ as m; "
+    options = ["bench", "--dtypes", "bfloat16", "--png", "picture.png"]
+    done = python("-c", f"{code}sys.exit(m.main({options}))", check=False)
     assert done.returncode == 2
+    assert f"the benchmark needs {missing}" in done.stderr
     assert "actreg-dispatch[bench]" in done.stderr

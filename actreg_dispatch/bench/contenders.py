@@ -69,12 +69,12 @@ class Contender(NamedTuple):
 
     name: str
     kind: str  # "limit", "ours" or "peer"
-    module: str  # what has to be installed
+    modules: tuple[str, ...]  # what has to be installed
     prepare: Callable[[Task], Run | None]
 
     def is_installed(self) -> bool:
-        """Return whether the library is there; does not import it."""
-        return importlib.util.find_spec(self.module) is not None
+        """Return whether its libraries are there; does not import them."""
+        return all(importlib.util.find_spec(module) for module in self.modules)
 
     def run(self, task: Task) -> Run | None:
         """Return how to do the task, or None if it is not for this contender."""
@@ -369,14 +369,14 @@ def _jax(task: Task) -> Run | None:
 
 
 CONTENDERS = (
-    Contender("limit", "limit", "numba", _limit),
-    Contender("numba", "ours", "numba", _backend("numba")),
-    Contender("numpy", "ours", "numpy", _backend("numpy")),
-    Contender("NumPy", "peer", "numpy", _numpy),
-    Contender("numexpr", "peer", "numexpr", _numexpr),
-    Contender("PyTorch eager", "peer", "torch", _torch),
-    Contender("PyTorch autograd", "peer", "torch", _torch_autograd),
-    Contender("torch.compile", "peer", "torch", _torch_compile),
-    Contender("JAX jit", "peer", "jax", _jax),
-    Contender("Keras", "peer", "keras", _keras),
+    Contender("limit", "limit", ("numba",), _limit),
+    Contender("numba", "ours", ("numba",), _backend("numba")),
+    Contender("numpy", "ours", ("numpy",), _backend("numpy")),
+    Contender("NumPy", "peer", ("numpy",), _numpy),
+    Contender("numexpr", "peer", ("numexpr",), _numexpr),
+    Contender("PyTorch eager", "peer", ("torch",), _torch),
+    Contender("PyTorch autograd", "peer", ("torch",), _torch_autograd),
+    Contender("torch.compile", "peer", ("torch",), _torch_compile),
+    Contender("JAX jit", "peer", ("jax",), _jax),
+    Contender("Keras", "peer", ("keras", "torch"), _keras),
 )

@@ -169,7 +169,8 @@ def summary(results: dict[str, Any]) -> str:
         f"The limit is a parallel loop in Numba that reads and writes the same bytes: `g += c·x` "
         f"for L1 and squared L2, a sum of x for `penalty`, both for L2. Up to {bare_call} elements "
         f"it is the call of a compiled function of two arrays that does nothing, and for strided "
-        f"arrays a loop written by hand. The peers are {_peers(results['records'])}.",
+        f"arrays a loop written by hand. The peers are {_peers(results['records'])}; where their "
+        f"penalty is off by more than 1e-4 of itself they do not count.",
     ]
     if results["first_calls"]:
         lines += ["", "| in a fresh process | empty cache | full cache |", "| --- | ---: | ---: |"]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -44,7 +45,8 @@ Record = dict[str, Any]
 
 def machine(threads: int, contenders: Iterable[Contender]) -> Record:
     """Return what the figures depend on: processor, threads, versions."""
-    names = ["numpy", "numba", "llvmlite", *(c.module for c in contenders if c.is_installed())]
+    names = ["numpy", "numba", "llvmlite"]
+    names += [module for c in contenders if c.is_installed() for module in c.modules]
     versions = {}
     for name in dict.fromkeys(names):
         try:
@@ -91,10 +93,16 @@ def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> 
     agrees: dict[Contender, bool] = {}
     for contender in contenders:
         task.gradients[...] = start
-        run = contender.run(task)
+        try:
+            run = contender.run(task)
+            right = run is None or contender.kind == "limit" or _agrees(task, start, run)
+        except Exception as error:  # a peer's failure is no reason to lose what was measured
+            if contender.kind != "peer":
+                raise
+            warnings.warn(f"{contender.name} failed at {case}: {error!r}", stacklevel=2)
+            continue
         if run is not None:
-            runs[contender] = run
-            agrees[contender] = contender.kind == "limit" or _agrees(task, start, run)
+            runs[contender], agrees[contender] = run, right
     turns = {contender: _turns(run) for contender, run in runs.items()}
     times: dict[Contender, list[float]] = {contender: [] for contender in runs}
     for _ in range(repeats):
