@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import actreg_dispatch
+from actreg_dispatch.backends import numba_cpu
 
 CODE = """
 import json
@@ -89,10 +90,17 @@ def test_processes_may_fill_the_cache_at_once(tmp_path):
 
 
 def test_new_arithmetic_is_a_new_entry(monkeypatch):
-    from actreg_dispatch.backends import numba_cpu
-
     before = numba_cpu._edition()
-    numba_cpu._edition.cache_clear()
+    assert numba_cpu._edition() == before
     monkeypatch.setattr(numba_cpu.inspect, "getsource", lambda module: "other arithmetic")
     assert numba_cpu._edition() != before
-    numba_cpu._edition.cache_clear()
+
+
+def test_options_that_change_the_code_are_a_new_entry(python, tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
+    checked = {"NUMBA_BOUNDSCHECK": "1"}
+    threads = {"NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}
+    hits = []
+    for options in (checked, {}, threads, checked):
+        hits.append(json.loads(python("-c", CODE, **cache, **options).stdout)[1])
+    assert hits == [0, 0, 1, 1]

@@ -23,7 +23,6 @@ looked up by name, which Numba's cache on disk depends on.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 import math
@@ -83,6 +82,8 @@ if _CACHING is None:
     raise ValueError(
         f"the environment variable ACTREG_CACHE={os.environ['ACTREG_CACHE']!r} must be 0 or 1"
     )
+
+_NOT_IN_THE_CODE = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
 
 _BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 _LOW = (1 << LIMB) - 1  # the bits of a limb
@@ -437,17 +438,23 @@ def _compiled(kernel: Any, signature: Any, parallel: bool = False, **options: An
     return compiler(signature, **options)(kernel)
 
 
-@functools.cache
 def _edition() -> int:
-    """Return a number for the arithmetic that kernels take from :mod:`~actreg_dispatch.rounding`.
+    """Return a number for what else the code of a kernel depends on.
 
-    Kernels close over it, which makes it part of the key of Numba's cache. Numba itself notices
-    only that this file has changed.
+    That is the arithmetic of :mod:`~actreg_dispatch.rounding` and Numba's environment variables,
+    such as ``NUMBA_BOUNDSCHECK``. Kernels close over the number, which makes it part of the key of
+    Numba's cache; Numba itself notices only that this file has changed.
     """
     try:
-        return zlib.crc32(inspect.getsource(rounding).encode())
-    except OSError:  # no sources, then there is no cache either
-        return 0
+        sources = inspect.getsource(rounding)
+    except OSError:  # then there is no cache either
+        sources = ""
+    options = sorted(
+        f"{name}={value}"
+        for name, value in os.environ.items()
+        if name.startswith("NUMBA_") and name not in _NOT_IN_THE_CODE
+    )
+    return zlib.crc32("\n".join([sources, *options]).encode())
 
 
 def _bits_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
