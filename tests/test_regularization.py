@@ -188,3 +188,19 @@ def test_repr_says_what_differs_from_the_default():
     assert repr(SAMPLES[0]) == "ActivityRegularization(0.1, 'l1')"
     assert repr(SAMPLES[4]) == "ActivityRegularization(0.1, 'l2', epsilon=0.0)"
     assert repr(SAMPLES[5]) == "ActivityRegularization(0.1, 'l1', backend='numpy')"
+
+
+def test_finish_takes_partial_sums_of_its_own_kind():
+    l1, l2 = ActivityRegularization.l1(0.5), ActivityRegularization.l2(0.5)
+    total = l1.partial_sum(np.array([3.0, -4.0]))
+    assert l1.finish(total) == 3.5
+    with pytest.raises(TypeError, match="total=7.0 is of type float; pass the sum of what"):
+        l1.finish(7.0)
+    with pytest.raises(ValueError, match="does not take; pass partial sums of the same"):
+        l2.finish(total)
+    huge = ActivityRegularization.l2_squared(1e39)
+    with pytest.raises(ValueError, match="lam=1e\\+39 is too large"):
+        huge.finish(huge.partial_sum(np.ones(2, np.float32)))
+    for bad in ([1.0], np.ones(2, int), np.ma.ones(2)):
+        with pytest.raises(TypeError, match="activations"):
+            l1.partial_sum(bad)
