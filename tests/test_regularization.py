@@ -194,7 +194,7 @@ def test_finish_takes_partial_sums_of_its_own_kind():
     l1, l2 = ActivityRegularization.l1(0.5), ActivityRegularization.l2(0.5)
     total = l1.partial_sum(np.array([3.0, -4.0]))
     assert l1.finish(total) == 3.5
-    with pytest.raises(TypeError, match="total=7.0 is of type float; pass the sum of what"):
+    with pytest.raises(TypeError, match=r"total=7\.0 is of type float; pass the sum of what"):
         l1.finish(7.0)
     with pytest.raises(ValueError, match="does not take; pass partial sums of the same"):
         l2.finish(total)
