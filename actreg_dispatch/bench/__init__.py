@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> int:
     if options.from_json is not None:
         results = report.load(options.from_json)
     else:
-        results = _measured(options, console)
+        results = report.rounded(_measured(options, console))
     report.print_table(results["records"], console)
     if options.json is not None:
         report.save(results, options.json)

@@ -15,6 +15,7 @@ __all__ = [
     "draw",
     "load",
     "print_table",
+    "rounded",
     "save",
     "split_readme",
     "summary",
@@ -28,6 +29,18 @@ Record = dict[str, Any]
 
 class BadFileError(ValueError):
     """A file that was named on the command line is not what it should be."""
+
+
+def rounded(value: Any) -> Any:
+    """Return ``value`` with every float in it cut to five digits.
+
+    What is shown at once and what is shown from the file later must not differ.
+    """
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _seconds(value: float) -> str:
@@ -71,16 +84,9 @@ def print_table(records: Sequence[Record], console: Console) -> None:
 
 def save(results: dict[str, Any], path: Path) -> None:
     """Write everything that was measured as JSON."""
-    records = ",\n".join(json.dumps(_rounded(record)) for record in results["records"])
-    rest = json.dumps({name: _rounded(part) for name, part in results.items() if name != "records"})
+    records = ",\n".join(json.dumps(record) for record in results["records"])
+    rest = json.dumps({name: part for name, part in results.items() if name != "records"})
     path.write_text(f'{rest[:-1]},\n"records": [\n{records}\n]}}\n', encoding="utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    """Return ``value`` with every float in it cut to five digits."""
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def load(path: Path) -> dict[str, Any]:
