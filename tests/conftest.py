@@ -38,10 +38,15 @@ class UsableBackend:
 
     name: str
 
+    @property
+    def module(self) -> Any:
+        """The module whose arrays they are."""
+        return sys.modules["cupy" if self.name == "cupy" else "numpy"]
+
     def array(self, values: Any, dtype: Any = None) -> Any:
         """Return ``values`` as the backend's own kind of array."""
         host = np.asarray(values, dtype)
-        return sys.modules["cupy"].asarray(host) if self.name == "cupy" else host
+        return self.module.asarray(host)
 
     def host(self, values: Any) -> np.ndarray:
         return values.get() if self.name == "cupy" else np.asarray(values)
@@ -65,6 +70,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         required = (*DEPENDENCIES, *metafunc.config.getoption("--require-backend"))
         names = [n for n in BACKENDS if n in required or not registry.why_unavailable(n)]
         metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that run CUDA kernels."""
+    for item in items:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "cupy" in {parameters.get("backend"), *item.fixturenames}:
+            item.add_marker("cuda")
 
 
 @pytest.fixture(scope="session")
@@ -99,15 +112,16 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_DECISIONS", {})
 
 
-@pytest.fixture
-def python(tmp_path: Any) -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Run Python code in a fresh process, elsewhere, and return what it printed."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     def run(*arguments: str, check: bool = True, **environment: str) -> Any:
         done = subprocess.run(
             [sys.executable, *arguments],
             env=os.environ | {"PYTHONUTF8": "1"} | environment,
-            cwd=tmp_path,
+            cwd=elsewhere,
             capture_output=True,
             text=True,
             encoding="utf-8",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization
 from actreg_dispatch.backends import numba_cpu
@@ -36,7 +37,6 @@ DTYPES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), FLOAT32, FLOAT64]
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-cpu = pytest.mark.parametrize("name", ["numpy", "numba"])
 
 
 def decades(low, high):
@@ -66,61 +66,68 @@ DATA = {
 }
 
 
-def spread_out(values):
+def spread_out(values, module=np):
     """Return a strided view of the same values."""
-    room = np.zeros((*values.shape, 2), values.dtype)
+    room = module.zeros((*values.shape, 2), values.dtype)
     room[..., 0] = values
     return room[..., 0]
 
 
-def assert_exact(name, activations, norm, lam=0.1, epsilon=None):
+def assert_exact(backend, values, norm, lam=0.1, epsilon=None, view=lambda array: array):
     rng = np.random.default_rng(9)
-    start = rng.normal(size=activations.shape).astype(activations.dtype)
-    penalty, updated = exact_result(activations, start, norm, lam, epsilon)
-    reg = ActivityRegularization(lam, norm, epsilon=epsilon, backend=name)
-    for x, g in ((activations, start.copy()), (spread_out(activations), spread_out(start))):
-        for found in (reg.apply(x, g), reg.penalty(x)):
+    start = rng.normal(size=values.shape).astype(values.dtype)
+    penalty, updated = exact_result(view(values), view(start), norm, lam, epsilon)
+    reg = backend.regularization(lam, norm, epsilon=epsilon)
+    dense = backend.array(values), backend.array(start.copy())
+    strided = spread_out(dense[0], backend.module), spread_out(dense[1], backend.module)
+    for x, g in (dense, strided):
+        for result in (reg.apply(view(x), view(g)), reg.penalty(view(x))):
+            found = backend.host(result)
             assert found.dtype == penalty.dtype
             assert found.tobytes() == penalty.tobytes(), (found, penalty)
-        assert g.tobytes() == updated.tobytes()
+        assert backend.host(view(g)).tobytes() == updated.tobytes()
 
 
-@cpu
 @norms
 @dtypes
 @pytest.mark.parametrize("data", DATA.values(), ids=DATA)
-def test_every_bit_is_that_of_the_exact_sum(name, norm, dtype, data):
+def test_every_bit_is_that_of_the_exact_sum(backend, norm, dtype, data):
     with np.errstate(all="ignore"):
         values = data(np.random.default_rng(5), 517).astype(dtype)
     values = np.where(np.isfinite(values), values, np.zeros_like(values))
     for lam in (0.1, 1.0):
-        assert_exact(name, values, norm, lam)
+        assert_exact(backend, values, norm, lam)
     if norm is ActivityNorm.L2:
-        assert_exact(name, values, norm, epsilon=0.0)
+        assert_exact(backend, values, norm, epsilon=0.0)
 
 
 @norms
 @dtypes
-@pytest.mark.parametrize("size", [8191, 8193, 29_999, 30_000, 41_001])
-def test_blocks_and_threads_do_not_show(norm, dtype, size):
+@pytest.mark.parametrize("size", [2047, 8193, 29_999, 30_000, 41_001])
+def test_blocks_and_threads_do_not_show(backend, norm, dtype, size):
+    if backend.name == "cupy" and size > 8193:
+        size //= 5  # a software device takes its time
     values = np.random.default_rng(size).normal(size=size).astype(dtype)
-    for view in (values, values[::-1], values[: size // 6 * 6].reshape(6, -1).T, values[::3]):
-        assert_exact("numba", view, norm)
+    for view in (
+        lambda array: array,
+        lambda array: array[::-1],
+        lambda array: array[: size // 6 * 6].reshape(6, -1).T,
+        lambda array: array[::3],
+    ):
+        assert_exact(backend, values, norm, view=view)
 
 
-@cpu
 @norms
 @dtypes
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_in_every_position(name, norm, dtype, bad):
-    lam, size = np.float32(0.5), 5
+def test_nan_and_infinity_in_every_position(backend, norm, dtype, bad):
+    size = 5
     for position in range(size):
         activations = np.arange(1.0, size + 1).astype(dtype)
         activations[position] = bad
-        gradients = np.zeros(size, dtype)
-        penalty = ActivityRegularization(float(lam), norm, backend=name).apply(
-            activations, gradients
-        )
+        device = backend.array(np.zeros(size, dtype))
+        penalty = backend.regularization(0.5, norm).apply(backend.array(activations), device)
+        gradients = backend.host(device)
         np.testing.assert_equal(float(penalty), abs(bad))
         x = activations.astype(np.float64)
         with np.errstate(invalid="ignore"):
@@ -129,7 +136,7 @@ def test_nan_and_infinity_in_every_position(name, norm, dtype, bad):
                 ActivityNorm.L2: 0.5 * x / abs(bad),
                 ActivityNorm.L2_SQUARED: 2 * 0.5 * x,
             }[norm]
-        np.testing.assert_array_equal(gradients.astype(np.float64), expected)
+        assert_array_equal(gradients.astype(np.float64), expected)
 
 
 @dtypes
@@ -147,13 +154,12 @@ def test_every_nan_in_the_gradients_becomes_the_same_quiet_nan(dtype):
     assert results[0] == results[1]
 
 
-@cpu
-def test_a_nan_outweighs_an_infinity(name):
+def test_a_nan_outweighs_an_infinity(backend):
     for order in ([math.inf, math.nan], [math.nan, math.inf]):
-        assert math.isnan(ActivityRegularization(1.0, "l2", backend=name).penalty(np.array(order)))
+        assert math.isnan(backend.regularization(1.0, "l2").penalty(backend.array(order)))
 
 
-@cpu
+@pytest.mark.parametrize("name", ["numpy", "numba"])
 def test_more_ones_than_float32_can_count(name):
     ones = np.broadcast_to(np.float32(1), (2**24 + 1,))
     for norm in ("l1", "l2_squared"):  # 2**24 + 1 lies on a tie, and goes to the even neighbour
@@ -161,26 +167,65 @@ def test_more_ones_than_float32_can_count(name):
     assert ActivityRegularization(1.0, "l2", backend=name).penalty(ones) == 2**12
 
 
-@pytest.mark.parametrize("name", ["numpy", "numba"])
-def test_l2_keeps_in_range(name):
+def test_l2_keeps_in_range(backend):
     for scale in (1e200, 1e-200, 5e-324):
-        activations, gradients = np.array([3 * scale, -4 * scale]), np.zeros(2)
-        reg = ActivityRegularization(0.5, "l2", epsilon=0.0, backend=name)
+        activations, device = np.array([3 * scale, -4 * scale]), backend.array(np.zeros(2))
+        reg = backend.regularization(0.5, "l2", epsilon=0.0)
         size = math.hypot(3 * scale, 4 * scale)
-        assert reg.apply(activations, gradients) == 0.5 * size
-        np.testing.assert_array_equal(gradients, (0.5 * activations) / size)
+        assert reg.apply(backend.array(activations), device) == 0.5 * size
+        assert_array_equal(backend.host(device), (0.5 * activations) / size)
 
 
-@cpu
-def test_squared_l2_is_infinite_only_where_the_truth_is(name):
+def test_squared_l2_is_infinite_only_where_the_truth_is(backend):
     def penalty(lam, *values):
-        return ActivityRegularization(lam, "l2_squared", backend=name).penalty(np.array(values))
+        return float(backend.regularization(lam, "l2_squared").penalty(backend.array(values)))
 
     assert penalty(1e-100, 1e200) == 1e-100 * 1e200 * 1e200 or math.isfinite(penalty(1e-100, 1e200))
     assert penalty(1e-100, 1e200) == binary64(Fraction(1e-100) * rounded(Fraction(1e200) ** 2, 53))
     assert penalty(1.0, 1e200) == math.inf
     assert penalty(1e300, 1e-200) == binary64(Fraction(1e300) * rounded(Fraction(1e-200) ** 2, 53))
     assert penalty(0.0, 1e200) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "epsilon", "has_gradient"),
+    [
+        ([3.0, 4.0], 25.0, False),
+        ([3.0, 4.0], math.nextafter(25.0, 0.0), True),
+        ([1.0, 2.0**-27], 1.0, False),  # 1 + 2**-54 is rounded to 53 bits first
+        ([2.0**-537], 5e-324, False),
+        ([2.0**-537, 2.0**-550], 5e-324, True),  # which binary64 could not tell
+        ([2.0**-537 * 0.9], 5e-324, False),
+        ([1e-300], 0.0, True),
+        ([1e-300], 5e-324, False),
+        ([5e-324], 1.0, False),
+        ([0.0], 0.0, False),
+        ([1e300], 1e308, True),
+        ([math.inf], 1e308, True),
+        ([math.nan], 1e308, True),
+    ],
+)
+def test_epsilon_is_compared_with_the_rounded_sum(backend, values, epsilon, has_gradient):
+    gradients = backend.array(np.full(len(values), 7.0))
+    backend.regularization(0.0, "l2", epsilon=epsilon).apply(backend.array(values), gradients)
+    assert_array_equal(backend.host(gradients)[1:], 7.0)  # of lam = 0
+    backend.regularization(1e300, "l2", epsilon=epsilon).apply(backend.array(values), gradients)
+    assert (backend.host(gradients)[0] != 7.0) == has_gradient
+
+
+def test_lam_may_bring_a_sum_back_into_range(backend):
+    for values, lam in (
+        ([1.7e308, 1.7e308], 1e-300),
+        ([2.0**600], 2.0**-1074),
+        ([2.0**600], 2.0**-1000 * 1.1),
+        ([2.0**-600, 2.0**-620], 1.7e308),
+        ([2.0**-537, 2.0**-537 * 1.5], 0.37),
+        ([5e-324], 0.5),
+        ([5e-324], 0.51),
+        ([5e-324] * 3, 0.5),
+    ):
+        for norm in (ActivityNorm.L1, ActivityNorm.L2_SQUARED):
+            assert_exact(backend, np.array(values), norm, lam / 2)
 
 
 # Which path ran.

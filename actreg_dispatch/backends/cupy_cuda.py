@@ -131,9 +131,7 @@ _UPDATE_L2 = cupy.ElementwiseKernel(
         if (widen(size) == 0.0) return;
         C strength;
         narrow(lam, strength);{
-        _walk(
-            "g[j] = T(add(old[b], divide(multiply(strength, value[b]), size)));", updates=True
-        )
+        _walk("g[j] = T(add(old[b], divide(multiply(strength, value[b]), size)));", updates=True)
     }
     """,
     "actreg_update_l2",
@@ -187,13 +185,13 @@ def apply(
     epsilon: float,
 ) -> cupy.ndarray:
     """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
-    _check_alignment("activations", activations)
-    _check_alignment("gradients", gradients)
     if activations.device != gradients.device:
         raise ValueError(
             f"gradients are on {gradients.device} but activations on {activations.device}; "
             f"move one of them, no data is moved unasked"
         )
+    _check_alignment("activations", activations)
+    _check_alignment("gradients", gradients)
     with activations.device:
         if norm is ActivityNorm.L2:
             digits = _digits(_SUM_SQUARES, lam, activations)
