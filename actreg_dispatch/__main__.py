@@ -25,6 +25,8 @@ PEERS = (
     "torch.compile",
     "JAX jit",
     "Keras",
+    "CuPy",
+    "cupy.fuse",
 )
 
 
@@ -108,10 +110,16 @@ def _add_bench(commands: Any) -> None:
         choices=PEERS,
         help=f"of {', '.join(PEERS)} (default: all that are installed)",
     )
+    bench.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where the arrays are: NumPy's on the processor or CuPy's on a GPU (default: cpu)",
+    )
     bench.add_argument("--strided", action="store_true", help="add strided arrays")
-    bench.add_argument("--first-calls", action="store_true", help="add fresh processes")
+    bench.add_argument("--first-calls", action="store_true", help="add fresh processes (cpu)")
     bench.add_argument("--repeats", type=_positive, default=11, help="rounds (default: 11)")
-    bench.add_argument("--threads", type=_positive, help="processors to use (default: all)")
+    bench.add_argument("--threads", type=_positive, help="processors to use (cpu; default: all)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     bench.add_argument("--png", type=Path, metavar="FILE", help="draw throughput against size here")
     bench.add_argument("--overwrite", action="store_true", help="replace the files they name")
@@ -177,6 +185,10 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.device == "cuda":
+        usable("cupy", "--device cuda")
+        if options.threads or options.first_calls:
+            return _fail("--threads and --first-calls are for --device cpu; leave them out")
     try:
         from actreg_dispatch import bench
 

@@ -97,7 +97,8 @@ def test_bad_files_are_told_before_the_work(tmp_path, monkeypatch, capsys, optio
 
 
 def test_every_peer_is_on_the_list():
-    assert [c.name for c in CONTENDERS if c.kind == "peer"] == list(PEERS)
+    processor = [c.name for c in CONTENDERS if c.kind == "peer"]
+    assert [*processor, "CuPy", "cupy.fuse"] == list(PEERS)
 
 
 TAKEN_BY_ALL = {"operation": {"apply", "penalty"}, "norm": set(ActivityNorm), "dtype": set(DTYPES)}
@@ -117,7 +118,7 @@ TAKEN = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", ActivityNorm)
 @pytest.mark.parametrize("operation", ["apply", "penalty"])
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", [c.name for c in CONTENDERS if c.kind == "peer"])
 def test_peers_do_the_same_work(name, operation, norm, dtype):
     contender = BY_NAME[name]
     if not contender.is_installed():
@@ -138,8 +139,8 @@ def test_strided_arrays_are_compared_with_a_loop_by_hand(layout):
     (records,) = timing.measure([case], ours, 1)
     assert [record["contender"] for record in records] == ["limit", "numba", "NumPy"]
     assert all(record["agrees"] and record["size"] == 40_000 for record in records)
-    activations = LAYOUTS[layout](40_000, np.dtype(np.float32))
-    assert activations.flags.c_contiguous == (layout == "contiguous")
+    shape, view = LAYOUTS[layout]
+    assert view(np.zeros(shape(40_000))).flags.c_contiguous == (layout == "contiguous")
 
 
 def test_a_wrong_result_is_told_and_is_no_peer():
@@ -172,7 +173,7 @@ def test_too_large_a_size_is_explained(capsys):
 
 def test_peers_stop_where_their_temporaries_may_not_fit(monkeypatch):
     monkeypatch.setattr(contenders, "_PEERS_UP_TO", 10)
-    task = timing._task(Case("apply", ActivityNorm.L1, "float32", 11))[0]
+    task = timing._task(Case("apply", ActivityNorm.L1, "float32", 11), timing.CPU)[0]
     assert BY_NAME["NumPy"].run(task) is None
     assert BY_NAME["numba"].run(task) is not None
 
@@ -232,3 +233,61 @@ def test_what_is_missing_is_named_before_the_work(python, missing):
     assert done.returncode == 2
     assert f"the benchmark needs {missing}" in done.stderr
     assert "actreg-dispatch[bench]" in done.stderr
+
+
+# On a GPU.
+
+
+@pytest.fixture(scope="module")
+def cuda_device(cupy):
+    from actreg_dispatch.bench.cuda import CUDA
+
+    assert [c.name for c in CUDA.contenders if c.kind == "peer"] == [
+        name for name in ("CuPy", "cupy.fuse", "PyTorch eager", "torch.compile") if name in PEERS
+    ]
+    return CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ActivityNorm)
+@pytest.mark.parametrize("operation", ["apply", "penalty"])
+def test_contenders_on_a_gpu_do_the_same_work(cuda_device, operation, norm, dtype):
+    case = Case(operation, norm, dtype, 500)
+    contenders = [c for c in cuda_device.contenders if c.is_installed()]
+    (records,) = timing.measure([case], contenders, 1, device=cuda_device)
+    names = [record["contender"] for record in records]
+    assert names[:2] == ["limit", "cupy"]
+    assert ("CuPy" in names) == (dtype != "bfloat16")
+    assert ("cupy.fuse" in names) == (dtype in ("float32", "float64"))
+    for record in records:
+        assert record["agrees"], record
+        assert record["seconds"] > 0
+
+
+def test_strided_arrays_on_a_gpu(cuda_device):
+    case = Case("apply", ActivityNorm.L1, "float32", 40_000, "channels last")
+    (records,) = timing.measure([case], cuda_device.contenders[:3], 1, device=cuda_device)
+    assert [record["contender"] for record in records] == ["limit", "cupy", "CuPy"]
+    assert all(record["agrees"] and record["size"] == 40_000 for record in records)
+
+
+def test_a_run_on_a_gpu_writes_its_files(cuda_device, tmp_path, capsys):
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    options = ["--sizes", "1", "4e3", "--dtypes", "float32", "--norms", "l1", "--repeats", "1"]
+    options += ["--json", str(tmp_path / "results.json"), "--png", str(tmp_path / "picture.png")]
+    options += ["--readme", str(tmp_path / "README.md"), "--peers", "CuPy", "--device", "cuda"]
+    assert main(["bench", *options]) == 0
+    machine = json.loads((tmp_path / "results.json").read_text())["machine"]
+    text = (tmp_path / "README.md").read_text()
+    assert f"on {machine['processor']}, " in text
+    assert "The limit is a copy within the memory of the device" in text
+    assert "cupy" in machine["versions"]
+    told = " ".join(capsys.readouterr().out.split())
+    software = "software" in machine["processor"]
+    assert ("The times mean nothing" in told) == ("The times mean nothing" in text) == software
+
+
+def test_options_of_the_processor_are_not_for_a_gpu(cuda_device, capsys):
+    for option in (["--first-calls"], ["--threads", "1"]):
+        assert main(["bench", "--device", "cuda", *option]) == 2
+        assert "leave them out" in capsys.readouterr().err

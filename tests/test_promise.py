@@ -51,6 +51,7 @@ DATA = {
     "zeros of both signs": lambda rng, size: rng.choice([0.0, -0.0], size),
     "four decades": decades(-2, 2),
     "24 decades": decades(-12, 12),
+    "280 decades": decades(-140, 140),
     "subnormal in float16": decades(-8, -6),
     "subnormal in float32": decades(-45, -38),
     "subnormal in float64": decades(-324, -308),

@@ -1,11 +1,13 @@
 """``actreg bench``: our backends against the limits of the machine and against other libraries.
 
-``contenders.py`` has what is timed, ``timing.py`` times it, ``report.py`` shows the results.
+``contenders.py`` has what is timed, ``cuda.py`` the same for a GPU, ``timing.py`` times it, and
+``report.py`` shows the results.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import os
 import sys
@@ -16,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from actreg_dispatch.bench import report
-from actreg_dispatch.bench.contenders import BARE_CALL, CONTENDERS, LAYOUTS, Case
+from actreg_dispatch.bench.contenders import BARE_CALL, LAYOUTS, Case
 from actreg_dispatch.bench.report import BadFileError
-from actreg_dispatch.bench.timing import first_calls, machine, measure, slope
+from actreg_dispatch.bench.timing import CPU, Device, first_calls, machine, measure, slope
 from actreg_dispatch.norms import ActivityNorm
 
 __all__ = ["BadFileError", "main"]
@@ -53,10 +55,16 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _measured(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    threads = _limit_threads(options.threads)
+    threads = None
+    if options.device == "cuda":
+        device: Device = importlib.import_module("actreg_dispatch.bench.cuda").CUDA
+    else:
+        device, threads = CPU, _limit_threads(options.threads)
+    if device.caveat():
+        console.print(device.caveat(), style="bold")
     contenders = [
         contender
-        for contender in CONTENDERS
+        for contender in device.contenders
         if contender.is_installed()
         and (contender.kind != "peer" or contender.name in options.peers)
     ]
@@ -83,13 +91,13 @@ def _measured(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             described = f"{case.operation} {case.norm.value} {case.dtype} {case.size:,}"
             progress.update(bar, description=described)
 
-        for found in measure(cases, contenders, options.repeats, show):
+        for found in measure(cases, contenders, options.repeats, show, device):
             records += found
             progress.advance(bar)
         if options.first_calls:
             progress.update(bar, description="first calls")
     return {
-        "machine": machine(threads, contenders),
+        "machine": machine(device, contenders, threads),
         "settings": {"repeats": options.repeats, "bare_call": BARE_CALL},
         "records": records,
         "first_calls": first_calls() if options.first_calls else None,

@@ -1,7 +1,8 @@
 """What is timed: the machine's limits, our backends, and the same two lines in other libraries.
 
 A contender is a function from a :class:`Task` to a :class:`Run`, or to None where it does not take
-the task. Importing a library is its contender's own business, at the first task.
+the task. Importing a library is its contender's own business, at the first task. Here are those of
+the processor; those of a GPU are in ``cuda.py``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,23 @@ import numpy as np
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.regularization import ActivityRegularization
 
-__all__ = ["BARE_CALL", "CONTENDERS", "LAYOUTS", "Case", "Contender", "Run", "Task", "load_dtype"]
+__all__ = [
+    "BARE_CALL",
+    "CONTENDERS",
+    "LAM",
+    "LAYOUTS",
+    "Case",
+    "Contender",
+    "Run",
+    "Task",
+    "load_dtype",
+    "run_backend",
+    "run_expressions",
+    "run_torch",
+    "run_torch_compile",
+    "run_two_lines",
+    "slope_of",
+]
 
 LAM = 0.125  # exact in every dtype, so that all peers add the same
 _REFERENCE_UP_TO = 100_000  # elements; the reference backend is not there to be fast
@@ -50,11 +67,11 @@ class Case(NamedTuple):
 
 @dataclass
 class Task:
-    """A case and its arrays, which every contender uses that can share NumPy's memory."""
+    """A case and its arrays, which every contender uses that can share their memory."""
 
     case: Case
-    activations: np.ndarray[Any, Any]
-    gradients: np.ndarray[Any, Any]
+    activations: Any
+    gradients: Any
 
 
 class Run(NamedTuple):
@@ -90,14 +107,14 @@ def load_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-LAYOUTS: dict[str, Callable[[int, np.dtype[Any]], np.ndarray[Any, Any]]] = {
-    "contiguous": np.zeros,
-    "every second column": lambda n, dtype: np.zeros((n // 1000, 2000), dtype)[:, ::2],
-    "transposed": lambda n, dtype: np.zeros((100, n // 10_000, 100), dtype).transpose(2, 0, 1),
-    "channels first": lambda n, dtype: np.zeros((n // 20_000, 16, 2500), dtype)[:, 4:12],
-    "channels last": lambda n, dtype: np.zeros((n // 800, 100, 16), dtype)[..., 1:9],
+LAYOUTS: dict[str, tuple[Callable[[int], tuple[int, ...]], Callable[[Any], Any]]] = {
+    "contiguous": (lambda n: (n,), lambda a: a),
+    "every second column": (lambda n: (n // 1000, 2000), lambda a: a[:, ::2]),
+    "transposed": (lambda n: (100, n // 10_000, 100), lambda a: a.transpose(2, 0, 1)),
+    "channels first": (lambda n: (n // 20_000, 16, 2500), lambda a: a[:, 4:12]),
+    "channels last": (lambda n: (n // 800, 100, 16), lambda a: a[..., 1:9]),
 }
-"""How to make zeros of about ``n`` elements that lie like this."""
+"""The shape of an array, and the view of it that has about ``n`` elements and lies like this."""
 
 
 # Limits, in parallel Numba: what memory allows, or for small arrays the call itself.
@@ -162,7 +179,9 @@ def _limit(task: Task) -> Run | None:
 # Ours.
 
 
-def _backend(name: str) -> Callable[[Task], Run | None]:
+def run_backend(name: str) -> Callable[[Task], Run | None]:
+    """Return how a backend of ours does a task."""
+
     def prepare(task: Task) -> Run | None:
         case, x, g = task.case, task.activations, task.gradients
         if name == "numpy" and case.size > _REFERENCE_UP_TO:
@@ -181,12 +200,12 @@ def _backend(name: str) -> Callable[[Task], Run | None]:
 L1, L2, L2_SQUARED = ActivityNorm
 
 
-def _slope(norm: ActivityNorm, penalty: Any) -> Any:
+def slope_of(norm: ActivityNorm, penalty: Any) -> Any:
     """Return what x is multiplied by in the gradient of a norm that is not L1."""
     return 2 * LAM if norm is L2_SQUARED else LAM * LAM / penalty
 
 
-def _two_lines(
+def run_two_lines(
     task: Task,
     penalty: Callable[[], Any],
     add_gradient: Callable[[Any], Any],
@@ -203,11 +222,12 @@ def _two_lines(
     return Run(step, lambda: task.gradients)
 
 
-def _numpy(task: Task) -> Run | None:
+def run_expressions(task: Task) -> Run | None:
+    """Return the two lines in NumPy's functions, which act on CuPy's arrays as well."""
     norm, x, g = task.case.norm, task.activations, task.gradients
     if task.case.dtype == "bfloat16":
         return None
-    wide, real = np.float64 if x.itemsize == 8 else np.float32, x.dtype.type
+    wide = np.float64 if x.itemsize == 8 else np.float32
     penalties: dict[ActivityNorm, Callable[[], Any]] = {
         L1: lambda: LAM * np.abs(x).sum(dtype=wide),
         L2: lambda: LAM * np.sqrt((x * x).sum(dtype=wide)),
@@ -215,10 +235,12 @@ def _numpy(task: Task) -> Run | None:
     }
 
     def add_gradient(penalty: Any) -> None:
-        added = real(LAM) * np.sign(x) if norm is L1 else real(_slope(norm, penalty)) * x
-        np.add(g, added, out=g)
+        if norm is L2:
+            np.add(g, slope_of(norm, penalty).astype(x.dtype) * x, out=g)
+        else:
+            np.add(g, LAM * np.sign(x) if norm is L1 else slope_of(norm, penalty) * x, out=g)
 
-    return _two_lines(task, penalties[norm], add_gradient)
+    return run_two_lines(task, penalties[norm], add_gradient)
 
 
 def _numexpr(task: Task) -> Run | None:
@@ -241,9 +263,9 @@ def _numexpr(task: Task) -> Run | None:
         if norm is L1:
             evaluate("where(x > 0, g + c, where(x < 0, g - c, g))", x.dtype.type(LAM), g)
         else:
-            evaluate("g + c * x", x.dtype.type(_slope(norm, penalty)), g)
+            evaluate("g + c * x", x.dtype.type(slope_of(norm, penalty)), g)
 
-    return _two_lines(task, penalties[norm], add_gradient)
+    return run_two_lines(task, penalties[norm], add_gradient)
 
 
 def _tensors(task: Task) -> tuple[Any, Any] | None:
@@ -254,9 +276,9 @@ def _tensors(task: Task) -> tuple[Any, Any] | None:
         return None
     arrays = task.activations, task.gradients
     if task.case.dtype == "bfloat16":
-        x, g = (torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) for a in arrays)
+        x, g = (torch.from_dlpack(a.view(np.int16)).view(torch.bfloat16) for a in arrays)
     else:
-        x, g = map(torch.from_numpy, arrays)
+        x, g = map(torch.from_dlpack, arrays)
     return x, g
 
 
@@ -272,7 +294,8 @@ def _torch_penalty(case: Case) -> Callable[[Any], Any]:
     return penalties[case.norm]
 
 
-def _torch(task: Task, compiled: bool = False) -> Run | None:
+def run_torch(task: Task, compiled: bool = False) -> Run | None:
+    """Return the two lines in PyTorch."""
     import torch
 
     tensors, norm, penalty = _tensors(task), task.case.norm, _torch_penalty(task.case)
@@ -285,9 +308,9 @@ def _torch(task: Task, compiled: bool = False) -> Run | None:
         if norm is L1:
             g.add_(torch.sign(x), alpha=LAM)
         elif norm is L2:
-            g.add_(x * _slope(norm, found).to(x.dtype))
+            g.add_(x * slope_of(norm, found).to(x.dtype))
         else:
-            g.add_(x, alpha=_slope(norm, found))
+            g.add_(x, alpha=slope_of(norm, found))
         return found
 
     function: Any = penalty if task.case.operation == "penalty" else two_lines
@@ -298,8 +321,9 @@ def _torch(task: Task, compiled: bool = False) -> Run | None:
     return Run(torch.no_grad()(lambda: function(*arguments)), lambda: task.gradients)
 
 
-def _torch_compile(task: Task) -> Run | None:
-    return _torch(task, compiled=True)
+def run_torch_compile(task: Task) -> Run | None:
+    """Return the two lines in PyTorch, compiled."""
+    return run_torch(task, compiled=True)
 
 
 def _through_autograd(task: Task, penalty: Callable[[Any], Any]) -> Run | None:
@@ -351,7 +375,7 @@ def _jax(task: Task) -> Run | None:
 
     def two_lines(x: Any, g: Any) -> Any:
         found = penalty(x)
-        slope = jnp.asarray(LAM if norm is L1 else _slope(norm, found), x.dtype)
+        slope = jnp.asarray(LAM if norm is L1 else slope_of(norm, found), x.dtype)
         return found, g + slope * (jnp.sign(x) if norm is L1 else x)
 
     x = jnp.asarray(task.activations)
@@ -370,13 +394,13 @@ def _jax(task: Task) -> Run | None:
 
 CONTENDERS = (
     Contender("limit", "limit", ("numba",), _limit),
-    Contender("numba", "ours", ("numba",), _backend("numba")),
-    Contender("numpy", "ours", ("numpy",), _backend("numpy")),
-    Contender("NumPy", "peer", ("numpy",), _numpy),
+    Contender("numba", "ours", ("numba",), run_backend("numba")),
+    Contender("numpy", "ours", ("numpy",), run_backend("numpy")),
+    Contender("NumPy", "peer", ("numpy",), run_expressions),
     Contender("numexpr", "peer", ("numexpr",), _numexpr),
-    Contender("PyTorch eager", "peer", ("torch",), _torch),
+    Contender("PyTorch eager", "peer", ("torch",), run_torch),
     Contender("PyTorch autograd", "peer", ("torch",), _torch_autograd),
-    Contender("torch.compile", "peer", ("torch",), _torch_compile),
+    Contender("torch.compile", "peer", ("torch",), run_torch_compile),
     Contender("JAX jit", "peer", ("jax",), _jax),
     Contender("Keras", "peer", ("keras", "torch"), _keras),
 )

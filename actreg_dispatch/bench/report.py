@@ -22,6 +22,8 @@ __all__ = [
     "update_readme",
 ]
 
+_OURS = ("numba", "cupy")  # the backends that are fast, one a device
+
 BEGIN, END = "<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"
 
 Record = dict[str, Any]
@@ -140,10 +142,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     *zip(*sorted(points), strict=True),
                     linestyle="--" if name == "limit" else "-",
                     marker="" if name == "limit" else "o",
-                    linewidth=2.5 if name == "numba" else 1.2,
+                    linewidth=2.5 if name in _OURS else 1.2,
                     markersize=3,
                     color="black" if name == "limit" else f"C{names.index(name)}",
-                    zorder=3 if name == "numba" else 2,
+                    zorder=3 if name in _OURS else 2,
                 )[0]
         axes.set(xscale="log", yscale="log", title=f"{panel[0]} {panel[1]}, {panel[2]}")
         axes.set(xlabel="elements", ylabel="GB/s")
@@ -154,30 +156,28 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def _setting(results: dict[str, Any]) -> str:
-    machine = results["machine"]
-    threads = machine["threads"]
-    return f"{machine['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+    processor, threads = results["machine"]["processor"], results["machine"]["threads"]
+    return f"{processor}, {threads} thread{'s'[threads == 1 :]}" if threads else processor
 
 
 def summary(results: dict[str, Any]) -> str:
     """Return the tables of the README, in Markdown, with what their figures depend on."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    bare_call = f"{results['settings']['bare_call']:,}"
+    layer = f" ({machine['threading_layer']})" if machine["threads"] else ""
     lines = [
-        f"Measured with `actreg bench` on {_setting(results)} ({machine['threading_layer']}), "
+        f"Measured with `actreg bench` on {_setting(results)}{layer}, "
         f"{machine['system']}, Python {machine['python']}, {versions}. Medians of "
         f"{results['settings']['repeats']} interleaved rounds: the time; its ratio to the limit / "
         f"to the fastest peer, round by round.",
         "",
         *_pivot(results["records"]),
         "",
-        f"The limit is a parallel loop in Numba that reads and writes the same bytes: `g += c·x` "
-        f"for L1 and squared L2, a sum of x for `penalty`, both for L2. Up to {bare_call} elements "
-        f"it is the call of a compiled function of two arrays that does nothing, and for strided "
-        f"arrays a loop written by hand. The peers are {_peers(results['records'])}; where their "
+        f"{_limit(results)} The peers are {_peers(results['records'])}; where their "
         f"penalty is off by more than 1e-4 of itself they do not count.",
     ]
+    if machine.get("caveat"):
+        lines += ["", machine["caveat"]]
     if results["first_calls"]:
         lines += ["", "| in a fresh process | empty cache | full cache |", "| --- | ---: | ---: |"]
         empty, full = (results["first_calls"][state] for state in ("empty cache", "full cache"))
@@ -192,11 +192,22 @@ def summary(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _limit(results: dict[str, Any]) -> str:
+    if not results["machine"]["threads"]:
+        return "The limit is a copy within the memory of the device that moves as many bytes."
+    return (
+        f"The limit is a parallel loop in Numba that reads and writes the same bytes: `g += c·x` "
+        f"for L1 and squared L2, a sum of x for `penalty`, both for L2. Up to "
+        f"{results['settings']['bare_call']:,} elements it is the call of a compiled function of "
+        f"two arrays that does nothing, and for strided arrays a loop written by hand."
+    )
+
+
 def _pivot(records: Sequence[Record]) -> list[str]:
-    """Return a table of what the backend ``numba`` took, a column for each size."""
+    """Return a table of what the fast backend took, a column for each size."""
     cells: dict[str, dict[int, str]] = {}
     for record in records:
-        if record["contender"] == "numba":
+        if record["contender"] in _OURS:
             layout = "" if record["layout"] == "contiguous" else f", {record['layout']}"
             row = f"`{record['operation']}` {record['norm']}, {record['dtype']}{layout}"
             ratios = [_ratio(record[f"ratio_to_{rival}"]) for rival in ("limit", "best_peer")]

@@ -18,13 +18,14 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from actreg_dispatch import __version__
 from actreg_dispatch.bench.contenders import (
+    CONTENDERS,
     LAM,
     LAYOUTS,
     Case,
@@ -35,7 +36,7 @@ from actreg_dispatch.bench.contenders import (
 )
 from actreg_dispatch.regularization import ActivityRegularization
 
-__all__ = ["first_calls", "machine", "measure", "slope"]
+__all__ = ["CPU", "Device", "first_calls", "machine", "measure", "slope"]
 
 _BATCH = 2e-3  # seconds that a turn takes at least; shorter work is repeated within it
 _REST = 2e-3  # seconds before a turn
@@ -43,9 +44,20 @@ _REST = 2e-3  # seconds before a turn
 Record = dict[str, Any]
 
 
-def machine(threads: int, contenders: Iterable[Contender]) -> Record:
+class Device(NamedTuple):
+    """Where the arrays are, and what belongs to that."""
+
+    arrays: Any  # the module that makes them
+    contenders: tuple[Contender, ...]
+    clock: Callable[[Callable[[], Any], int], float]  # seconds that a step takes, of so many
+    processor: Callable[[], str]
+    caveat: Callable[[], str]  # what a reader of the times must know, if anything
+    libraries: tuple[str, ...]  # whose versions matter even if they are no contender's
+
+
+def machine(device: Device, contenders: Iterable[Contender], threads: int | None = None) -> Record:
     """Return what the figures depend on: processor, threads, versions."""
-    names = ["numpy", "numba", "llvmlite"]
+    names = [*device.libraries]
     names += [module for c in contenders if c.is_installed() for module in c.modules]
     versions = {}
     for name in dict.fromkeys(names):
@@ -54,10 +66,11 @@ def machine(threads: int, contenders: Iterable[Contender]) -> Record:
         except metadata.PackageNotFoundError:  # importable, but not as a distribution
             versions[name] = "unknown"
     return {
-        "processor": _processor(),
+        "processor": device.processor(),
+        "caveat": device.caveat(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "threading_layer": numba.threading_layer(),
+        "threading_layer": numba.threading_layer() if threads else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "actreg_dispatch": __version__,
@@ -80,15 +93,18 @@ def measure(
     contenders: Sequence[Contender],
     repeats: int,
     progress: Callable[[Case], None] = lambda case: None,
+    device: Device | None = None,
 ) -> Iterator[list[Record]]:
     """Time ``contenders`` at each case; yield the records of a case, one a contender."""
     for case in cases:
         progress(case)
-        yield _measure_case(case, contenders, repeats)
+        yield _measure_case(case, contenders, repeats, device or CPU)
 
 
-def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> list[Record]:
-    task, start = _task(case)
+def _measure_case(
+    case: Case, contenders: Sequence[Contender], repeats: int, device: Device
+) -> list[Record]:
+    task, start = _task(case, device)
     runs: dict[Contender, Run] = {}
     agrees: dict[Contender, bool] = {}
     for contender in contenders:
@@ -103,11 +119,11 @@ def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> 
             continue
         if run is not None:
             runs[contender], agrees[contender] = run, right
-    turns = {contender: _turns(run) for contender, run in runs.items()}
+    turns = {contender: _turns(run, device.clock) for contender, run in runs.items()}
     times: dict[Contender, list[float]] = {contender: [] for contender in runs}
     for _ in range(repeats):
         for contender, run in runs.items():
-            times[contender].append(_time(run.step, turns[contender]))
+            times[contender].append(device.clock(run.step, turns[contender]))
     seconds = {contender: statistics.median(times[contender]) for contender in runs}
     rivals = {
         kind: min(
@@ -145,17 +161,23 @@ def _measure_case(case: Case, contenders: Sequence[Contender], repeats: int) -> 
     ]
 
 
-def _task(case: Case) -> tuple[Task, np.ndarray[Any, Any]]:
+def _task(case: Case, device: Device) -> tuple[Task, Any]:
     """Return the arrays of a case, half of the activations zero, and the gradients' start."""
     dtype, rng = load_dtype(case.dtype), np.random.default_rng(0)
-    activations, gradients = (LAYOUTS[case.layout](case.size, dtype) for _ in range(2))
+    shape, view = LAYOUTS[case.layout]
+    activations, gradients = (view(device.arrays.zeros(shape(case.size), dtype)) for _ in range(2))
     values = rng.standard_normal(activations.shape, np.float32)
-    activations[...] = np.maximum(values, 0).astype(dtype)
+    activations[...] = device.arrays.asarray(np.maximum(values, 0).astype(dtype))
     start = rng.standard_normal(activations.shape, np.float32).astype(dtype)
-    return Task(case, activations, gradients), start
+    return Task(case, activations, gradients), device.arrays.asarray(start)
 
 
-def _agrees(task: Task, start: np.ndarray[Any, Any], run: Run) -> bool:
+def _host(array: Any) -> np.ndarray[Any, Any]:
+    """Return an array of NumPy or CuPy as one of NumPy."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def _agrees(task: Task, start: Any, run: Run) -> bool:
     """Return whether one step leads to our results, but for rounding."""
     case = task.case
     reg, gradients = ActivityRegularization(LAM, case.norm), start.copy()
@@ -166,14 +188,14 @@ def _agrees(task: Task, start: np.ndarray[Any, Any], run: Run) -> bool:
         return False
     if case.operation == "penalty":
         return True
-    updated = np.asarray(run.gradients()).astype(np.float64)
-    return bool(np.allclose(updated, gradients.astype(np.float64), rtol=tolerance, atol=tolerance))
+    updated, expected = (_host(a).astype(np.float64) for a in (run.gradients(), gradients))
+    return bool(np.allclose(updated, expected, rtol=tolerance, atol=tolerance))
 
 
-def _turns(run: Run) -> int:
+def _turns(run: Run, clock: Callable[[Callable[[], Any], int], float]) -> int:
     """Return how many steps make a batch that is long enough to time."""
     turns = 1
-    while (seconds := _time(run.step, turns) * turns) < _BATCH / 2:
+    while (seconds := clock(run.step, turns) * turns) < _BATCH / 2:
         turns = max(2 * turns, min(int(_BATCH / max(seconds / turns, 1e-9)), 100 * turns))
     return turns
 
@@ -187,12 +209,15 @@ def _time(step: Callable[[], Any], turns: int) -> float:
     return (time.perf_counter() - before) / turns
 
 
+CPU = Device(np, CONTENDERS, _time, _processor, str, ("numpy", "numba", "llvmlite"))
+
+
 def slope(records: Iterable[Record], minimum: int = 100_000) -> dict[str, float]:
     """Return the exponent p of a fit of time to sizeᵖ, from ``minimum`` elements up, a series."""
     series: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if (
-            record["contender"] == "numba"
+            record["contender"] in ("numba", "cupy")
             and record["size"] >= minimum
             and record["layout"] == "contiguous"
         ):
