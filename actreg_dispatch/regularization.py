@@ -80,8 +80,8 @@ class ActivityRegularization:
 
     Notes
     -----
-    Activations may be NumPy arrays of float16, bfloat16 (``ml_dtypes``), float32 or float64, or
-    CuPy arrays of float32 or float64, of any shape and strides. The compute dtype T is float64 for
+    Activations may be NumPy or CuPy arrays of float16, bfloat16 (``ml_dtypes``; CuPy has it from
+    version 14 on), float32 or float64, of any shape and strides. The compute dtype T is float64 for
     float64 and float32 for the others. λ is rounded to T once. The sum is as if it were exact,
     rounded to 53 bits; the penalty follows from it in binary64 and is rounded to T once. The
     gradient is computed in T, added in T, and rounded to the dtype of the gradients once. So every
