@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -94,6 +95,36 @@ def test_scratch_memory_is_small_comes_from_the_allocator_and_is_given_back(cupy
     assert pool.used_bytes() == penalty.data.mem.size
     del penalty
     assert pool.used_bytes() == 0
+
+
+class Elsewhere:
+    """A stand-in for a second device, which knows whether it is the current one."""
+
+    is_current = False
+
+    def __enter__(self):
+        self.is_current = True
+
+    def __exit__(self, *_):
+        self.is_current = False
+
+
+@norms
+@pytest.mark.parametrize("operation", ["apply", "penalty", "partial_sum"])
+def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation):
+    from actreg_dispatch.backends import cupy_cuda
+
+    here, elsewhere, seen = cupy.ones(3, np.float32), Elsewhere(), []
+    array = types.SimpleNamespace(
+        device=elsewhere, dtype=here.dtype, itemsize=4, strides=(4,), data=here.data, size=3
+    )
+    for name in ("_launch", "_FINISH", "_FINISH_L2"):
+        monkeypatch.setattr(cupy_cuda, name, lambda *_, **__: seen.append(elsewhere.is_current))
+    options = {"apply": (array, norm, 0.5, 0.0), "penalty": (norm, 0.5), "partial_sum": (norm,)}
+    getattr(cupy_cuda, operation)(array, *options[operation])
+    assert seen
+    assert all(seen)
+    assert not elsewhere.is_current
 
 
 @norms

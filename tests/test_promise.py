@@ -5,6 +5,7 @@ The oracle is rational arithmetic (:mod:`actreg_dispatch.exact`), never another 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
@@ -100,6 +101,19 @@ def test_every_bit_is_that_of_the_exact_sum(backend, norm, dtype, data):
         assert_exact(backend, values, norm, lam)
     if norm is ActivityNorm.L2:
         assert_exact(backend, values, norm, epsilon=0.0)
+    total = backend.regularization(1.0, norm).partial_sum(backend.array(values))
+    assert Fraction(total.units, 2 ** (1074 * total.degree)) == exact_sum(values, norm)
+
+
+@pytest.mark.parametrize("extra", [0.0, 2.0**-1000])
+def test_bits_far_below_decide_a_tie(backend, extra):
+    """Terms of 53 bits each whose sum is one bit, once all their carries are through."""
+    steps = [2.0 ** (847 - 52 * i) for i in range(33)]
+    terms = [high - low for high, low in itertools.pairwise(steps)]
+    values = np.array([2.0**900, *terms, steps[-1], extra])
+    assert exact_sum(values, ActivityNorm.L1) == 2**900 + 2**847 + Fraction(extra)
+    for order in (slice(None), slice(None, None, -1)):
+        assert_exact(backend, values[order].copy(), ActivityNorm.L1, 1.0)
 
 
 @norms
