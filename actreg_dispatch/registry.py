@@ -24,6 +24,7 @@ import numpy as np
 from actreg_dispatch.errors import BackendUnavailableError, UnknownBackendError
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import PartialSum
+from actreg_dispatch.threads import lock_over_fork
 
 __all__ = [
     "AUTO",
@@ -118,6 +119,7 @@ _ENTRIES: dict[str, _Entry] = {}
 _ARRAY_TYPES: dict[type, str] = {}  # class of an array -> dotted name of its library's array type
 _DECISIONS: dict[tuple[str, str, np.dtype[Any], bool], tuple[Backend, str]] = {}
 _LOCK = threading.RLock()
+lock_over_fork(_LOCK)
 _OVERRIDE: ContextVar[str | None] = ContextVar("actreg_dispatch_backend", default=None)
 
 

@@ -117,7 +117,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Run Python code in a fresh process, elsewhere, and return what it printed."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
-    def run(*arguments: str, check: bool = True, **environment: str) -> Any:
+    def run(*arguments: str, check: bool = True, timeout: float = 300, **environment: str) -> Any:
         done = subprocess.run(
             [sys.executable, *arguments],
             env=os.environ | {"PYTHONUTF8": "1"} | environment,
@@ -125,7 +125,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=300,
+            timeout=timeout,
             check=False,
         )
         if check:

@@ -63,6 +63,7 @@ DATA = {
     ),
     "on a tie of float64": lambda rng, size: np.r_[2.0**53, 1, np.zeros(size - 2)],
     "above a tie of float64": lambda rng, size: np.r_[2.0**53, 1, 2.0**-500, np.zeros(size - 3)],
+    "just above a tie": lambda rng, size: np.r_[2.0**53, 1, 2.0**-20, np.zeros(size - 3)],
     "on a tie of float32": lambda rng, size: np.r_[1, 2.0**-24, np.zeros(size - 2)],
     "above a tie of float32": lambda rng, size: np.r_[1, 2.0**-24, 2.0**-40, np.zeros(size - 3)],
 }

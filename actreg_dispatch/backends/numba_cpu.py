@@ -65,6 +65,7 @@ from actreg_dispatch.rounding import (
     two_sum,
     units_of,
 )
+from actreg_dispatch.threads import lock_over_fork, may_use_threads
 
 name = "numba"
 dtypes = NATIVE_DTYPES
@@ -133,10 +134,16 @@ def apply(
 
 def express(
     norm: ActivityNorm, dtype: np.dtype[Any], size: int, *, writes: bool
-) -> Callable[[Any, Any, float, float], float]:
-    """Return the flat kernel for ``size`` elements; see :func:`_flat` for what it takes."""
+) -> Callable[[Any, Any, float, float], float] | None:
+    """Return the flat kernel for ``size`` elements; see :func:`_flat` for what it takes.
+
+    There is none where so many elements are for threads but threads may not be used.
+    """
+    parallel = size >= PARALLEL_FROM
+    if parallel and not may_use_threads():
+        return None
     factory = _flat if dtype.itemsize > 2 else _flat_on_bits
-    return _kernel(factory, norm, dtype, writes, size >= PARALLEL_FROM)  # type: ignore[no-any-return]
+    return _kernel(factory, norm, dtype, writes, parallel)  # type: ignore[no-any-return]
 
 
 def _outcome(
@@ -409,7 +416,8 @@ def _merged(sums):  # type: ignore[no-untyped-def]
 # Kernels.
 
 _KERNELS: dict[tuple[Any, ...], Any] = {}
-_COMPILING = threading.Lock()
+_COMPILING = threading.RLock()
+lock_over_fork(_COMPILING)
 
 
 def _kernel(factory: Callable[..., Any], *key: Any) -> Any:
@@ -527,7 +535,14 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
     g = types.Array(element, 1, "C", readonly=not writes)
     # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
     signature = types.float64(x, g, types.float64, types.float64)
-    return _compiled(kernel, signature, parallel, _nrt=parallel)
+    compiled = _compiled(kernel, signature, parallel, _nrt=parallel)
+    if not parallel:
+        return compiled
+
+    def guarded(x, g, lam, epsilon):  # type: ignore[no-untyped-def]
+        return compiled(x, g, lam, epsilon) if may_use_threads() else REFUSED
+
+    return guarded
 
 
 def _flat_on_bits(*key: Any) -> Any:
@@ -541,7 +556,7 @@ def _flat_on_bits(*key: Any) -> Any:
 def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], parallel: bool) -> Any:
     """Compile one pass over views of three axes, which returns the sum as a pair."""
     sum_row, magnitude = _summing(norm, dtype)
-    edition = _edition()
+    edition = _edition(), parallel  # or one twin would be taken from the cache for the other
 
     def kernel(x, g, lam, divisor):  # type: ignore[no-untyped-def]
         _ = edition
@@ -598,7 +613,8 @@ def _run(
     """Run one pass over all elements and return the sum that ``norm`` takes, a pair."""
     hi, lo = 0.0, 0.0
     for xs, gs in _views(x, g):
-        kernel = _kernel(_strided, norm, update or _leave, xs.dtype, xs.size >= PARALLEL_FROM)
+        parallel = xs.size >= PARALLEL_FROM and may_use_threads()
+        kernel = _kernel(_strided, norm, update or _leave, xs.dtype, parallel)
         hi, lo = merge_pairs(hi, lo, *kernel(xs, gs, lam, divisor))
     return hi, lo
 

@@ -1,0 +1,309 @@
+"""At home in other people's processes: forks, threads, signals.
+
+What may end or hang a process runs in one of its own, on every threading layer there is.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+LAYERS = ["omp", "workqueue", "tbb"]
+
+PREAMBLE = """
+import hashlib, os, sys, threading, time
+import numpy as np
+
+SIZE = 200_003  # for the parallel kernels
+
+def result(seed=0):
+    from actreg_dispatch import ActivityRegularization
+    values = np.random.default_rng(seed).normal(size=SIZE).astype(np.float32)
+    found = []
+    for norm in ("l1", "l2"):
+        for view in (values, values[::-1], values[::2]):  # flat and strided kernels
+            gradients = np.ones_like(view)
+            penalty = ActivityRegularization(0.1, norm).apply(view, gradients)
+            found.append((float(penalty), hashlib.sha256(gradients.tobytes()).hexdigest()))
+    return found
+"""
+
+
+@pytest.fixture(params=LAYERS)
+def script(request, python, tmp_path):
+    """Run a script on a threading layer and return what it printed."""
+
+    def run(code, timeout=300, **environment):
+        file = tmp_path / "script.py"
+        file.write_text(PREAMBLE + code)
+        environment |= {"NUMBA_THREADING_LAYER": request.param, "NUMBA_NUM_THREADS": "2"}
+        environment["LD_LIBRARY_PATH"] = str(Path(sys.prefix, "lib"))  # where pip puts libtbb.so
+        probe = python("-c", "import numba; numba.get_num_threads()", check=False, **environment)
+        if probe.returncode and request.param != "workqueue":
+            pytest.skip(f"Numba has no threading layer {request.param} here")
+        done = python(str(file), timeout=timeout, check=False, **environment)
+        assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.skipif(not hasattr(sys, "getdlopenflags"), reason="no fork here")
+def test_a_forked_child_computes(script):
+    code = """
+expected = result()
+for _ in range(2):
+    pid = os.fork()
+    if pid == 0:
+        ok = result() == expected
+        if os.fork() == 0:  # and its own child
+            os._exit(0 if result() == expected else 1)
+        os._exit(0 if ok and os.wait()[1] == 0 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+assert result() == expected  # the parent goes on in parallel
+from actreg_dispatch.threads import may_use_threads
+assert may_use_threads()
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_a_child_that_imports_the_package_after_the_fork(script):
+    code = """
+import numba
+
+@numba.njit(parallel=True)
+def theirs(x):
+    total = 0.0
+    for i in numba.prange(x.size):
+        total += x[i]
+    return total
+
+theirs(np.ones(1000))
+assert "actreg_dispatch" not in sys.modules
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if len(result()) == 6 else 1)
+assert os.waitpid(pid, 0)[1] == 0
+pid = os.fork()
+if pid == 0:  # without threads in the parent, a child has its own
+    os._exit(0)
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_a_child_of_a_parent_without_threads_has_its_own(script):
+    code = """
+import actreg_dispatch
+pid = os.fork()
+if pid == 0:
+    from actreg_dispatch.threads import may_use_threads
+    os._exit(0 if len(result()) == 6 and may_use_threads() else 1)
+assert os.waitpid(pid, 0)[1] == 0
+print(len(result()))
+"""
+    assert script(code) == "6\n"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_pools_of_processes_compute(script, method):
+    code = f"""
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+if __name__ == "__main__":
+    expected = [result(seed) for seed in range(4)]
+    context = multiprocessing.get_context({method!r})
+    with context.Pool(2) as pool:
+        assert pool.map(result, range(4)) == expected
+    with ProcessPoolExecutor(2, mp_context=context) as executor:
+        assert list(executor.map(result, range(4))) == expected
+    print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_a_fork_while_another_thread_compiles(script):
+    code = """
+import actreg_dispatch
+from actreg_dispatch.backends import numba_cpu
+
+threads = [threading.Thread(target=result)]
+threads[0].start()
+while not numba_cpu._COMPILING._is_owned() and threads[0].is_alive():
+    time.sleep(0.01)  # until it is at work
+    if numba_cpu._KERNELS:
+        break
+children = []
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if len(result()) == 6 else 1)
+    children.append(pid)
+assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
+threads[0].join()
+print("done")
+"""
+    assert script(code, ACTREG_CACHE="0") == "done\n"
+
+
+@pytest.mark.parametrize(
+    "seconds", [2, pytest.param(20, marks=pytest.mark.long)], ids=["short", "long"]
+)
+def test_many_threads_at_once(script, seconds):
+    code = f"""
+seconds = {seconds}
+results = {{}}
+barrier = threading.Barrier(8)
+
+def work(seed):
+    barrier.wait()  # the first use is at once, too
+    found, end = set(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        found.add(tuple(result(seed)))
+    results[seed] = found
+
+threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+for seed in range(8):
+    assert results[seed] == {{tuple(result(seed))}}, seed
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_inside_the_parallel_region_of_another_library(script):
+    code = """
+import numba
+from numba import objmode
+
+seen = {}
+
+def call(i):
+    seen[i] = result(i)
+
+@numba.njit(parallel=True)
+def theirs(n):
+    for i in numba.prange(n):
+        with objmode():
+            call(i)
+
+theirs(4)
+assert seen == {i: result(i) for i in range(4)}
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_kernels_release_the_interpreter_lock(script):
+    code = """
+from actreg_dispatch import ActivityRegularization
+sys.setswitchinterval(1e-4)
+for dtype, view in ((np.float32, np.s_[:]), (np.float64, np.s_[::2])):
+    x = np.ones(4_000_000, dtype)[view]
+    for size in (1000, x.size):  # serial and parallel kernels
+        g = np.zeros_like(x[:size])
+        reg = ActivityRegularization(0.1)
+        reg.apply(x[:size], g)
+    longest, stop = 0.0, False
+    def clock():
+        global longest
+        last = time.perf_counter()
+        while not stop:
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+    thread = threading.Thread(target=clock)
+    thread.start()
+    time.sleep(0.05)
+    ticks = []
+    def tick():
+        while not stop:
+            ticks.append(time.perf_counter())
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    inside = 0
+    for _ in range(20):
+        begin = time.perf_counter()
+        reg.apply(x, g)
+        end = time.perf_counter()
+        # in the middle half of the call, where only the kernel runs
+        low, high = begin + (end - begin) / 4, end - (end - begin) / 4
+        inside += any(low < t < high for t in ticks[-1_000_000:])
+    stop = True
+    thread.join(), ticking.join()
+    assert inside >= 10, inside
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_asyncio(script):
+    code = """
+import asyncio
+
+async def main():
+    return await asyncio.gather(*(asyncio.to_thread(result, seed) for seed in range(4)))
+
+assert asyncio.run(main()) == [result(seed) for seed in range(4)]
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_an_interrupt_leaves_every_gradient_updated_once_or_not_at_all(script):
+    code = """
+import signal
+from actreg_dispatch import ActivityRegularization
+
+SIZES = (3_000_000, 100_000)
+for size in SIZES:
+    x = np.ones((2, 2, 2, size // 8, 2), np.float32)[..., 0]  # several passes in Python
+    flat = np.ones(size, np.float32)
+    for norm in ("l1", "l2"):
+        for values in (flat, x.transpose(3, 0, 1, 2)):
+            reg = ActivityRegularization(0.5, norm, epsilon=0.0 if norm == "l2" else None)
+            expected = np.zeros_like(values)
+            reg.apply(values, expected)
+            interrupted = 0
+            for attempt in range(20):
+                g = np.zeros_like(values)
+                timer = threading.Timer(0.0002 * attempt, signal.raise_signal, [signal.SIGINT])
+                timer = threading.Timer(
+                    0.0003 * attempt, os.kill, [os.getpid(), signal.SIGINT]
+                )
+                try:
+                    timer.start()
+                    reg.apply(values, g)
+                    timer.join()
+                    time.sleep(0.01)
+                except KeyboardInterrupt:
+                    interrupted += 1
+                timer.join()
+                assert ((g == 0) | (g == expected)).all()
+            assert interrupted
+print("done")
+"""
+    assert script(code) == "done\n"
+
+
+def test_thread_settings_are_left_alone_and_honoured(script):
+    code = """
+import numba
+result()
+assert numba.get_num_threads() == 2
+numba.set_num_threads(1)
+expected = result()
+assert numba.get_num_threads() == 1
+numba.set_num_threads(2)
+assert result() == expected
+if numba.threading_layer() == "omp":
+    import ctypes
+print("done")
+"""
+    assert script(code) == "done\n"
