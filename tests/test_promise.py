@@ -56,6 +56,8 @@ DATA = {
     "subnormal in float16": decades(-8, -6),
     "subnormal in float32": decades(-45, -38),
     "subnormal in float64": decades(-324, -308),
+    "squares about to overflow": decades(140, 160),
+    "squares about to underflow": decades(-165, -140),
     "squares overflow": decades(160, 300),
     "squares underflow": decades(-300, -170),
     "tiny, medium and huge": lambda rng, size: (
