@@ -231,6 +231,22 @@ def test_epsilon_is_compared_with_the_rounded_sum(backend, values, epsilon, has_
     assert (backend.host(gradients)[0] != 7.0) == has_gradient
 
 
+def test_subnormal_results_are_rounded_once(backend):
+    """With 52 bits, every fourth would differ if it were rounded to 53 before."""
+    rng = np.random.default_rng(13)
+    for _ in range(25):
+        small = rng.uniform(0.5, 1.0, 2) * 2.0**-1022.5
+        large, lam = rng.uniform(1.0, 2.0, 3), rng.uniform(0.5, 1.0) * 2.0**-1024
+        for norm, values, strength in (
+            (ActivityNorm.L2, small, 1.0),
+            (ActivityNorm.L1, large, lam),
+            (ActivityNorm.L2_SQUARED, large, lam / 2),
+        ):
+            expected = exact_result(values, values, norm, strength)[0]
+            found = backend.regularization(strength, norm).penalty(backend.array(values))
+            assert backend.host(found).tobytes() == expected.tobytes()
+
+
 def test_lam_may_bring_a_sum_back_into_range(backend):
     for values, lam in (
         ([1.7e308, 1.7e308], 1e-300),
