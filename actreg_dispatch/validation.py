@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.errors import MixedArraysError
-from actreg_dispatch.registry import array_type_of
+from actreg_dispatch.registry import CUPY, array_type_of
 from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
 __all__ = ["check_activations", "check_gradients", "check_number"]
@@ -63,7 +63,24 @@ def _check_array(name: str, array: Any) -> str:
             f"{name} have dtype {array.dtype}; convert them to float32 or float64, "
             f"for example with {name}.astype(numpy.float32)"
         )
+    if array_type == CUPY:
+        _check_loadable(name, array)
     return array_type
+
+
+def _check_loadable(name: str, array: Any) -> None:
+    """Refuse what a GPU does not read as NumPy does, or what would end its context."""
+    if not array.dtype.isnative:
+        raise TypeError(
+            f"{name} have dtype {array.dtype}, whose byte order is foreign to the device; "
+            f"swap it on the host"
+        )
+    steps = [s for s, length in zip(array.strides, array.shape, strict=True) if length > 1]
+    if array.size and any(number % array.itemsize for number in (array.data.ptr, *steps)):
+        raise ValueError(
+            f"{name} are not aligned: their address or strides are no multiples of "
+            f"{array.itemsize} bytes, which a GPU cannot load; lay them out anew"
+        )
 
 
 def check_activations(activations: Any) -> str:
@@ -73,6 +90,8 @@ def check_activations(activations: Any) -> str:
     ------
     TypeError
         If it is not an array of a known library, is masked, or has an unsupported dtype.
+    ValueError
+        If it is an array on a device and not aligned.
     """
     return _check_array("activations", activations)
 
@@ -85,9 +104,10 @@ def check_gradients(activations: Any, gradients: Any, kind: str) -> None:
     TypeError
         If ``gradients`` is not an array of the same library and dtype.
     ValueError
-        If it has another shape, is read-only, or overlaps itself or the activations.
+        If it has another shape, is read-only, overlaps itself or the activations, or is an array
+        on a device and not aligned.
     """
-    if type(gradients) is not type(activations):
+    if type(gradients) is not type(activations) or kind == CUPY:
         other = _check_array("gradients", gradients)
         if kind != other:
             raise MixedArraysError(

@@ -21,7 +21,7 @@ BY_NAME = {contender.name: contender for contender in CONTENDERS}
 def results(tmp_path_factory):
     """Return a folder with the files of a small run."""
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "README.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    (folder / "README.md").write_text("above\n{}\nold\n{}\nbelow\n".format(*report.MARKS["cpu"]))
     options = ["--sizes", "1", "4e3", "--dtypes", "float32", "bfloat16", "--norms", "l1", "l2"]
     options += ["--repeats", "1", "--peers", "NumPy", "--json", str(folder / "results.json")]
     options += ["--png", str(folder / "picture.png"), "--readme", str(folder / "README.md")]
@@ -60,8 +60,9 @@ def test_figures_follow_from_the_times(results):
 def test_the_readme_gets_the_table_and_keeps_the_rest(results, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")  # of the terminal, or the table is wrapped
     text = (results / "README.md").read_text()
-    assert text.startswith(f"above\n{report.BEGIN}\nMeasured with `actreg bench` on ")
-    assert text.endswith(f"{report.END}\nbelow\n")
+    begin, end = report.MARKS["cpu"]
+    assert text.startswith(f"above\n{begin}\nMeasured with `actreg bench` on ")
+    assert text.endswith(f"{end}\nbelow\n")
     assert "\n| elements | 1 | 4,000 |\n| --- | ---: | ---: |\n" in text
     assert text.count("| `apply` l1, float32 |") == 1
     assert "old" not in text
@@ -272,17 +273,21 @@ def test_strided_arrays_on_a_gpu(cuda_device):
 
 
 def test_a_run_on_a_gpu_writes_its_files(cuda_device, tmp_path, capsys):
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    places = [f"{mark}\n" for device in ("cpu", "cuda") for mark in report.MARKS[device]]
+    (tmp_path / "README.md").write_text("".join(places))
     options = ["--sizes", "1", "4e3", "--dtypes", "float32", "--norms", "l1", "--repeats", "1"]
     options += ["--json", str(tmp_path / "results.json"), "--png", str(tmp_path / "picture.png")]
-    options += ["--readme", str(tmp_path / "README.md"), "--peers", "CuPy", "--device", "cuda"]
+    options += ["--readme", str(tmp_path / "README.md"), "--device", "cuda"]
+    options += ["--peers", "CuPy", "Keras"]
     assert main(["bench", *options]) == 0
     machine = json.loads((tmp_path / "results.json").read_text())["machine"]
     text = (tmp_path / "README.md").read_text()
     assert f"on {machine['processor']}, " in text
     assert "The limit is a copy within the memory of the device" in text
-    assert "cupy" in machine["versions"]
+    assert text.startswith("".join(places[:3]))
+    assert machine["versions"]["cupy"][0].isdigit()
     told = " ".join(capsys.readouterr().out.split())
+    assert "Left out, not on cuda: Keras" in told
     software = "software" in machine["processor"]
     assert ("The times mean nothing" in told) == ("The times mean nothing" in text) == software
 

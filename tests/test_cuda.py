@@ -158,17 +158,20 @@ def test_the_current_stream_is_used(cupy, norm, stream):
 
 
 def test_a_call_can_be_captured_into_a_graph(cupy):
+    """The graph has a memory pool to itself: it writes to scratch memory whenever it runs."""
     x, g = cupy.ones(5000, np.float32), cupy.zeros(5000, np.float32)
     reg = ActivityRegularization(0.5, "l2")
-    reg.apply(x, g)  # compiles, and fills the memory pool
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    cupy.cuda.Device().synchronize()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        reg.apply(x, g)  # compiles, and fills the pool
         try:
             stream.begin_capture()
         except cupy.cuda.runtime.CUDARuntimeError as error:
             pytest.skip(f"this device has no graphs: {error}")
         penalty = reg.apply(x, g)
         graph = stream.end_capture()
+    stream.synchronize()
     g[...] = 0
     x *= 2
     cupy.cuda.Device().synchronize()
@@ -209,8 +212,10 @@ def test_indices_have_64_bits(cupy, kernel):
     }[kernel]
     assert_array_equal(room.get(), expected)
     if kernel == "_SUM_SQUARES":
-        total = cupy_cuda._finish(ActivityNorm.L2_SQUARED, digits, 1.0, 0.0, np.dtype("f4"))
-        assert total[0].get() == exact_result(values, values, ActivityNorm.L2_SQUARED, 1.0)[0]
+        norm = ActivityNorm.L2_SQUARED
+        total = cupy_cuda._results(norm, np.dtype("f4"))
+        cupy_cuda._finish(norm, digits, 1.0, 0.0, total)
+        assert total[0].get() == exact_result(values, values, norm, 1.0)[0]
 
 
 class Producer:
@@ -255,14 +260,59 @@ def test_arrays_that_a_gpu_cannot_load_are_refused(cupy, argument):
     room = cupy.zeros(40, np.uint8)
     shifted = cupy.ndarray(4, np.float32, room.data + 2)
     stretched = cupy.ndarray(4, np.float32, room.data, strides=(6,))
-    reg = ActivityRegularization(0.1)
-    for bad in (shifted, stretched):
-        with pytest.raises(ValueError, match=rf"{argument} are not aligned.*lay them out anew"):
-            reg.apply(**good | {argument: bad})
-        with pytest.raises(ValueError, match="not aligned"):
-            reg.partial_sum(bad)
+    for backend in ("cupy", "numba", "numpy"):  # a move is a load, too
+        reg = ActivityRegularization(0.1, backend=backend)
+        for bad in (shifted, stretched):
+            with pytest.raises(ValueError, match=rf"{argument} are not aligned.*lay them out anew"):
+                reg.apply(**good | {argument: bad})
+            with pytest.raises(ValueError, match="not aligned"):
+                reg.partial_sum(bad)
     assert (good["gradients"] == 0).all()
     assert (room == 0).all()
+    for harmless in (
+        cupy.ndarray((1, 4), np.float32, room.data, strides=(6, 4)),
+        cupy.ndarray(0, np.float32, room.data + 1),
+    ):
+        assert reg.penalty(harmless) == 0
+
+
+def test_a_byte_order_that_a_gpu_does_not_know_is_refused(cupy):
+    room = cupy.zeros((2, 16), np.uint8)
+    activations, gradients = room[0].view(">f4"), room[1].view(">f4")
+    for backend in ("cupy", "numba"):
+        with pytest.raises(TypeError, match=r"activations have dtype >f4.*swap it on the host"):
+            ActivityRegularization(0.1, backend=backend).apply(activations, gradients)
+
+
+@norms
+def test_a_device_out_of_memory_leaves_the_gradients_alone(cupy, norm):
+    x, g = cupy.ones(100, np.float32), cupy.zeros(100, np.float32)
+    for limit in (512, 1024, 1536, 2048, 2560):
+        pool = cupy.cuda.MemoryPool()
+        pool.set_limit(size=limit)
+        with cupy.cuda.using_allocator(pool.malloc):
+            try:
+                ActivityRegularization(0.5, norm).apply(x, g)
+            except MemoryError:
+                assert (g.get() == 0).all()
+            else:
+                break
+    assert limit > 512
+    assert (g.get() != 0).all()
+
+
+@norms
+def test_the_size_of_the_grid_does_not_show(cupy, monkeypatch, norm):
+    from actreg_dispatch.backends import cupy_cuda
+
+    values = np.random.default_rng(0).normal(size=9001)
+    expected, updated = exact_result(values, np.ones_like(values), norm, 0.1)
+    for blocks in (1, 3, 1024):
+        monkeypatch.setattr(cupy_cuda, "_MAX_BLOCKS", blocks)
+        g = cupy.ones(9001)
+        found = ActivityRegularization(0.1, norm).apply(cupy.asarray(values), g)
+        assert found.get().tobytes() == expected.tobytes()
+        assert_array_equal(g.get(), updated)
 
 
 def test_views_that_truly_overlap_are_refused_and_interleaved_ones_are_not(cupy):

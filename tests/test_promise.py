@@ -66,6 +66,11 @@ DATA = {
     "on a tie of float64": lambda rng, size: np.r_[2.0**53, 1, np.zeros(size - 2)],
     "above a tie of float64": lambda rng, size: np.r_[2.0**53, 1, 2.0**-500, np.zeros(size - 3)],
     "just above a tie": lambda rng, size: np.r_[2.0**53, 1, 2.0**-20, np.zeros(size - 3)],
+    "higher above a tie": lambda rng, size: np.r_[2.0**53, 1, 2.0**-48, np.zeros(size - 3)],
+    "with an error of its own": lambda rng, size: np.full(size, 2.0**-500 * (1 + 2.0**-52)),
+    "near the largest": lambda rng, size: np.r_[1e308, np.zeros(size - 1)],
+    "the smallest": lambda rng, size: np.r_[5e-324, 5e-324, np.zeros(size - 2)],
+    "squares that add up to more than the largest": lambda rng, size: np.full(size, 1e153),
     "on a tie of float32": lambda rng, size: np.r_[1, 2.0**-24, np.zeros(size - 2)],
     "above a tie of float32": lambda rng, size: np.r_[1, 2.0**-24, 2.0**-40, np.zeros(size - 3)],
 }
@@ -214,6 +219,7 @@ def test_squared_l2_is_infinite_only_where_the_truth_is(backend):
         ([2.0**-537], 5e-324, False),
         ([2.0**-537, 2.0**-550], 5e-324, True),  # which binary64 could not tell
         ([2.0**-537 * 0.9], 5e-324, False),
+        ([2.0**-520, 2.0**-545], 2.0**-1040, True),
         ([1e-300], 0.0, True),
         ([1e-300], 5e-324, False),
         ([5e-324], 1.0, False),
@@ -251,6 +257,8 @@ def test_lam_may_bring_a_sum_back_into_range(backend):
     for values, lam in (
         ([1.7e308, 1.7e308], 1e-300),
         ([2.0**600], 2.0**-1074),
+        ([1e153] * 9, 1e-10),
+        ([1e308], 2.0),
         ([2.0**600], 2.0**-1000 * 1.1),
         ([2.0**-600, 2.0**-620], 1.7e308),
         ([2.0**-537, 2.0**-537 * 1.5], 0.37),

@@ -410,7 +410,7 @@ def test_arrays_on_two_devices_are_refused(cupy):
         get_backend("cupy").apply(here, there, "l1", 0.5, 0.0)
 
 
-def test_a_dtype_that_the_device_does_not_take_is_told(cupy, monkeypatch):
+def test_a_dtype_that_the_device_does_not_take_is_told(cupy, monkeypatch, registered):
     monkeypatch.setattr(get_backend("cupy"), "dtypes", {np.dtype(np.float32)})
     with pytest.raises(TypeError, match=r"backend 'cupy' does not take float16.*convert them"):
         ActivityRegularization(0.5).apply(cupy.ones(3, "f2"), cupy.ones(3, "f2"))

@@ -41,7 +41,7 @@ _THREADS = 256  # of a block
 _MAX_BLOCKS = 1024
 _ELEMENTS_PER_THREAD = 8  # at least, so that the sums weigh little beside the data
 _BATCH = 4  # elements that a thread loads before it uses the first: more of them are under way
-_PARTS = 6  # numbers of an expansion: holds numbers 80 decades apart, or squares of 40
+_PARTS = 6  # numbers of an expansion: holds numbers 80 decades apart, or squares of 30
 _PLACES, _DIGIT_BITS = 168, 26  # 2 * 2046 + 106 bits of the largest square, and room for carries
 
 _CONSTANTS = {"THREADS": _THREADS, "BATCH": _BATCH, "PARTS": _PARTS, "PLACES": _PLACES}
@@ -71,7 +71,7 @@ def _walk(use: str, *, updates: bool) -> str:
 
 def _pass_kernel(kernel_name: str, term: str, update: str = "") -> cupy.ElementwiseKernel:
     """Return the kernel that adds ``term`` of every x to the digits and updates the gradients."""
-    use = f"sum.add_{term}(widen(value[b]), &digits[0]);"
+    use = f"sum.add_{term}(value[b], &digits[0]);"
     if update:
         use += f" g[j] = T(add(old[b], {update}(value[b], strength)));"
     return cupy.ElementwiseKernel(
@@ -96,7 +96,8 @@ def _finish_kernel(kernel_name: str, inputs: str, outputs: str, end: str) -> cup
     return cupy.ReductionKernel(
         f"int64 digit, raw int64 digits, {inputs}",
         outputs,
-        # _j is the place of the digit, as CuPy's own first_nonzero has it
+        # _j is the place of the digit, as CuPy's own first_nonzero has it; with more than one
+        # input CuPy does not turn to CUB, whose kernels have no _j
         "digit != 0 ? places{int(_j), int(_j)} : places{PLACES + 2, -1}",
         "either(a, b)",
         end,
@@ -160,7 +161,6 @@ def is_available() -> bool:
 
 def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> PartialSum:
     """Return Σ|x| for ``L1``, Σx² for the others, exactly; waits for the device."""
-    _check_alignment("activations", activations)
     degree, dtype = degree_of(norm), COMPUTE_DTYPES[activations.dtype]
     with activations.device:
         *digits, infinities, nans = _digits(_sum_kernel(norm), 0.0, activations).get().tolist()
@@ -171,10 +171,11 @@ def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> PartialSum:
 
 def penalty(activations: cupy.ndarray, norm: ActivityNorm, lam: float) -> cupy.ndarray:
     """Return the penalty, a 0-d array on the device of ``activations``."""
-    _check_alignment("activations", activations)
     with activations.device:
+        results = _results(norm, activations.dtype)
         digits = _digits(_sum_kernel(norm), lam, activations)
-        return _finish(norm, digits, lam, 0.0, activations.dtype)[0]
+        _finish(norm, digits, lam, 0.0, results)
+        return results[0]
 
 
 def apply(
@@ -190,27 +191,17 @@ def apply(
             f"gradients are on {gradients.device} but activations on {activations.device}; "
             f"move one of them, no data is moved unasked"
         )
-    _check_alignment("activations", activations)
-    _check_alignment("gradients", gradients)
     with activations.device:
+        results = _results(norm, activations.dtype)  # before anything is written
         if norm is ActivityNorm.L2:
             digits = _digits(_SUM_SQUARES, lam, activations)
         else:
             kernel = _APPLY_L1 if norm is ActivityNorm.L1 else _APPLY_L2_SQUARED
             digits = _digits(kernel, lam, activations, gradients)
-        result, *divisor = _finish(norm, digits, lam, epsilon, activations.dtype)
+        _finish(norm, digits, lam, epsilon, results)
         if norm is ActivityNorm.L2:
-            _launch(_UPDATE_L2, lam, *divisor, arrays=(activations, gradients))
-        return result
-
-
-def _check_alignment(argument: str, array: cupy.ndarray) -> None:
-    """Refuse what a GPU cannot load and what would end its context."""
-    if any(number % array.itemsize for number in (array.data.ptr, *array.strides)):
-        raise ValueError(
-            f"{argument} are not aligned: their address or strides are no multiples of "
-            f"{array.itemsize} bytes, which a GPU cannot load; lay them out anew"
-        )
+            _launch(_UPDATE_L2, lam, results[1], arrays=(activations, gradients))
+        return results[0]
 
 
 def _sum_kernel(norm: ActivityNorm) -> cupy.ElementwiseKernel:
@@ -239,15 +230,20 @@ def _launch(
         kernel(x, count, step, *options, *gradients, size=step, block_size=_THREADS)
 
 
+def _results(norm: ActivityNorm, dtype: np.dtype[Any]) -> list[cupy.ndarray]:
+    """Return room for the penalty and, for L2, the divisor of the gradient: 0-d arrays."""
+    return [cupy.empty((), COMPUTE_DTYPES[dtype]) for _ in range(1 + (norm is ActivityNorm.L2))]
+
+
 def _finish(
-    norm: ActivityNorm, digits: cupy.ndarray, lam: float, epsilon: float, dtype: np.dtype[Any]
-) -> list[cupy.ndarray]:
-    """Return the penalty and, for L2, the divisor of the gradient, as 0-d arrays."""
-    compute = COMPUTE_DTYPES[dtype]
+    norm: ActivityNorm,
+    digits: cupy.ndarray,
+    lam: float,
+    epsilon: float,
+    results: list[cupy.ndarray],
+) -> None:
+    """Write what :func:`_results` made room for."""
     if norm is ActivityNorm.L2:
-        results = [cupy.empty((), compute), cupy.empty((), compute)]
         _FINISH_L2(digits, digits, lam, epsilon, *results)
     else:
-        results = [cupy.empty((), compute)]
         _FINISH(digits, digits, lam, *results)
-    return results

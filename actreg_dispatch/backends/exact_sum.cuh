@@ -49,7 +49,7 @@ template <typename C> __device__ inline C scaled(C x, C lam) {
 }
 
 // Digits: an integer of some 4,300 bits in global memory, in units of 2^-2148, the square of the
-// smallest number. Digit k weighs 2^(DIGIT_BITS k) units. Its counter has 64 bits and a sign, so
+// smallest number. Digit k weighs 2^(DIGIT_BITS k) units. Its counter has 63 bits and a sign, so
 // 2^37 amounts fit into it before anything is carried. Integers add up to the same in any order.
 
 constexpr int INFINITIES = PLACES, NANS = PLACES + 1;  // two more counters follow the digits
@@ -124,6 +124,24 @@ struct exact_sum {
             if (x == 0.0) return;
         }
         count_number(x, digits);
+    }
+
+    // A float32 is far from the limits of binary64, and so is its square, which is exact.
+    __device__ inline void add_absolute(float x, long long* digits) {
+        const double wide = widen(x);
+        if (isfinite(wide)) {
+            add(fabs(wide), digits);
+        } else {
+            count_outlier(wide, 1, digits);
+        }
+    }
+    __device__ inline void add_square(float x, long long* digits) {
+        const double wide = widen(x);
+        if (isfinite(wide)) {
+            add(wide * wide, digits);
+        } else {
+            count_outlier(wide, 2, digits);
+        }
     }
 
     // Add |x|. The limit leaves room for 2^63 terms.

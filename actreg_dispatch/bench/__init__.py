@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> int:
     """
     console = Console()
     if options.readme is not None:
-        report.split_readme(options.readme)  # or it is told before the work
+        report.split_readme(options.readme, options.device)  # or it is told before the work
     if options.from_json is not None:
         results = report.load(options.from_json)
     else:
@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
     if options.png is not None:
         report.draw(results, options.png)
     if options.readme is not None:
-        report.update_readme(results, options.readme)
+        report.update_readme(results, options.readme, options.device)
     wrong = [r for r in results["records"] if r["kind"] == "ours" and not r["agrees"]]
     return 1 if wrong else 0
 
@@ -66,8 +66,11 @@ def _measured(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         contender
         for contender in device.contenders
         if contender.is_installed()
-        and (contender.kind != "peer" or contender.name in options.peers)
+        and (contender.kind != "peer" or options.peers is None or contender.name in options.peers)
     ]
+    foreign = {*(options.peers or ())} - {contender.name for contender in device.contenders}
+    if foreign:
+        console.print(f"Left out, not on {options.device}: {', '.join(sorted(foreign))}")
     cases = [
         Case(operation, norm, dtype, size)
         for dtype, norm, operation, size in itertools.product(

@@ -24,7 +24,10 @@ __all__ = [
 
 _OURS = ("numba", "cupy")  # the backends that are fast, one a device
 
-BEGIN, END = "<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"
+MARKS = {
+    "cpu": ("<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"),
+    "cuda": ("<!-- actreg bench cuda: begin -->", "<!-- actreg bench cuda: end -->"),
+}
 
 Record = dict[str, Any]
 
@@ -227,8 +230,8 @@ def _peers(records: Sequence[Record]) -> str:
     return ", ".join(names) or "none"
 
 
-def split_readme(path: Path) -> tuple[str, str]:
-    """Return what stands before and after the place for the tables in ``path``.
+def split_readme(path: Path, device: str) -> tuple[str, str]:
+    """Return what stands before and after the place for the tables of a device in ``path``.
 
     Raises
     ------
@@ -239,16 +242,17 @@ def split_readme(path: Path) -> tuple[str, str]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BadFileError(f"--readme {path} cannot be read: {error}") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    first, last = MARKS[device]
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
         raise BadFileError(
-            f"--readme {path} has no place for the table; put {BEGIN} and {END} there"
+            f"--readme {path} has no place for the table; put {first} and {last} there"
         )
     return before, after
 
 
-def update_readme(results: dict[str, Any], path: Path) -> None:
+def update_readme(results: dict[str, Any], path: Path, device: str) -> None:
     """Replace what stands between the two marks in ``path`` by :func:`summary`."""
-    before, after = split_readme(path)
-    path.write_text(f"{before}{BEGIN}\n{summary(results)}\n{END}{after}", encoding="utf-8")
+    (before, after), (first, last) = split_readme(path, device), MARKS[device]
+    path.write_text(f"{before}{first}\n{summary(results)}\n{last}{after}", encoding="utf-8")

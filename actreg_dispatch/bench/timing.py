@@ -63,8 +63,8 @@ def machine(device: Device, contenders: Iterable[Contender], threads: int | None
     for name in dict.fromkeys(names):
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # importable, but not as a distribution
-            versions[name] = "unknown"
+        except metadata.PackageNotFoundError:  # the distribution has another name
+            versions[name] = getattr(sys.modules.get(name), "__version__", "unknown")
     return {
         "processor": device.processor(),
         "caveat": device.caveat(),
