@@ -26,6 +26,7 @@ from actreg_dispatch.registry import (
     why_unavailable,
 )
 from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.threads import threading_layer
 
 __all__ = ["examine", "self_test"]
 
@@ -77,10 +78,9 @@ def _details(name: str) -> str:
     """Return what there is to know of a usable backend's machinery."""
     if name == "numba":
         numba: Any = sys.modules["numba"]
-        return (
-            f"; Numba {numba.__version__}, threading layer {numba.threading_layer()}, "
-            f"{numba.get_num_threads()} threads"
-        )
+        layer = threading_layer()
+        threads = f"{layer}, {numba.get_num_threads()} threads" if layer else "none, no threads"
+        return f"; Numba {numba.__version__}, threading layer {threads}"
     if name == "cupy":
         cupy: Any = sys.modules["cupy"]
         device = cupy.cuda.Device()

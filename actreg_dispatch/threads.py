@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-__all__ = ["lock_over_fork", "may_use_threads"]
+__all__ = ["lock_over_fork", "may_use_threads", "threading_layer"]
 
 _LOGGER = logging.getLogger("actreg_dispatch")
 _MAIN_THREAD = threading.main_thread().ident
@@ -27,10 +27,15 @@ def may_use_threads() -> bool:
     """Return whether a parallel kernel may be launched from this thread of this process."""
     if _orphaned:
         return False
-    layer = _layer if _layer is not None else _launch()
+    layer = threading_layer()
     if layer == "workqueue":  # which takes one caller at a time: no other thread may come
         return threading.get_ident() == _MAIN_THREAD and threading.active_count() == 1
     return layer != ""
+
+
+def threading_layer() -> str:
+    """Return Numba's threading layer, whose threads this starts; empty if none can be loaded."""
+    return _layer if _layer is not None else _launch()
 
 
 def lock_over_fork(lock: Any) -> None:

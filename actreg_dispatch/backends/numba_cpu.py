@@ -612,9 +612,11 @@ def _run(
 ) -> tuple[float, float]:
     """Run one pass over all elements and return the sum that ``norm`` takes, a pair."""
     hi, lo = 0.0, 0.0
-    for xs, gs in _views(x, g):
-        parallel = xs.size >= PARALLEL_FROM and may_use_threads()
-        kernel = _kernel(_strided, norm, update or _leave, xs.dtype, parallel)
+    kernel = None
+    for xs, gs in _views(x, g):  # all of one size
+        if kernel is None:  # compiled before anything is written, or not at all
+            parallel = xs.size >= PARALLEL_FROM and may_use_threads()
+            kernel = _kernel(_strided, norm, update or _leave, xs.dtype, parallel)
         hi, lo = merge_pairs(hi, lo, *kernel(xs, gs, lam, divisor))
     return hi, lo
 
