@@ -206,10 +206,8 @@ class ActivityRegularization:
         penalty = self._express(activations, activations, False)
         if penalty is not None:
             return penalty
-        kind = check_activations(activations)
+        kind, activations = check_activations(activations)
         lam, _ = self._constants(activations.dtype)
-        if kind == NUMPY:
-            activations = np.asarray(activations)  # a subclass may redefine arithmetic
         backend, target = self._choose(kind, activations)
         if target == kind:
             return backend.penalty(activations, self._norm, lam)
@@ -248,9 +246,7 @@ class ActivityRegularization:
         >>> float(reg.finish(total)), float(reg.penalty(activations))
         (7.5, 7.5)
         """
-        kind = check_activations(activations)
-        if kind == NUMPY:
-            activations = np.asarray(activations)
+        kind, activations = check_activations(activations)
         backend, target = self._choose(kind, activations)
         if target != kind:
             activations = move(activations, kind, target)
@@ -335,7 +331,7 @@ class ActivityRegularization:
         """
         context, environment, dtype, function, zero = self._last
         if (  # the same kind of call as the last one
-            activations.__class__ is _NDARRAY is gradients.__class__
+            type(activations) is _NDARRAY is type(gradients)  # which __class__ may belie
             and activations.dtype is dtype is gradients.dtype
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
@@ -354,11 +350,9 @@ class ActivityRegularization:
         penalty = self._express(activations, gradients, True)
         if penalty is not None:
             return penalty
-        kind = check_activations(activations)
-        check_gradients(activations, gradients, kind)
+        kind, activations = check_activations(activations)
+        gradients = check_gradients(activations, gradients, kind)
         lam, epsilon = self._constants(activations.dtype)
-        if kind == NUMPY:
-            activations, gradients = np.asarray(activations), np.asarray(gradients)
         backend, target = self._choose(kind, activations, gradients)
         if target == kind:
             return backend.apply(activations, gradients, self._norm, lam, epsilon)
@@ -374,7 +368,7 @@ class ActivityRegularization:
         by step, checks included. It is what makes a call on a small array cheap. Whatever it does
         not take it leaves alone, to be computed, or complained about, the general way.
         """
-        if activations.__class__ is not _NDARRAY:
+        if type(activations) is not _NDARRAY:
             return None
         dtype = activations.dtype
         x, g = _raveled(activations, gradients)
@@ -459,12 +453,7 @@ class ActivityRegularization:
 
 def _raveled(x: Any, g: Any) -> tuple[Any, Any]:
     """Return contiguous arrays of one shape as views of one axis, anything else as None."""
-    if (
-        g.__class__ is _NDARRAY
-        and x.shape == g.shape
-        and x.flags.c_contiguous
-        and g.flags.c_contiguous
-    ):
+    if type(g) is _NDARRAY and x.shape == g.shape and x.flags.c_contiguous and g.flags.c_contiguous:
         return x.ravel(), g.ravel()
     return None, None
 

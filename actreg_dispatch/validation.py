@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.errors import MixedArraysError
-from actreg_dispatch.registry import CUPY, array_type_of
+from actreg_dispatch.registry import CUPY, NUMPY, array_type_of
 from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
 __all__ = ["check_activations", "check_gradients", "check_number"]
@@ -47,7 +47,11 @@ def check_number(name: str, value: Any) -> float:
     return number + 0.0  # -0.0 becomes 0.0
 
 
-def _check_array(name: str, array: Any) -> str:
+def _checked(name: str, array: Any) -> tuple[str, Any]:
+    """Return the array type of ``array`` and the plain array that it is.
+
+    A subclass may say what it likes of its shape and dtype, and redefine arithmetic.
+    """
     cls = type(array)
     masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
     if masked is not None and issubclass(cls, masked):
@@ -58,6 +62,10 @@ def _check_array(name: str, array: Any) -> str:
             f"{name} must be a NumPy or CuPy array, not a {cls.__module__}.{cls.__qualname__}; "
             f"convert it, for example with numpy.asarray"
         )
+    if array_type == NUMPY:
+        array = np.asarray(array)
+    elif array_type == CUPY and cls is not (plain := sys.modules["cupy"].ndarray):
+        array = plain.view(array, plain)
     if array.dtype not in COMPUTE_DTYPES and compute_dtype(array.dtype) is None:
         raise TypeError(
             f"{name} have dtype {array.dtype}; convert them to float32 or float64, "
@@ -65,7 +73,7 @@ def _check_array(name: str, array: Any) -> str:
         )
     if array_type == CUPY:
         _check_loadable(name, array)
-    return array_type
+    return array_type, array
 
 
 def _check_loadable(name: str, array: Any) -> None:
@@ -83,8 +91,8 @@ def _check_loadable(name: str, array: Any) -> None:
         )
 
 
-def check_activations(activations: Any) -> str:
-    """Return the array type of ``activations``.
+def check_activations(activations: Any) -> tuple[str, Any]:
+    """Return the array type of ``activations``, and them as a plain array.
 
     Raises
     ------
@@ -93,11 +101,13 @@ def check_activations(activations: Any) -> str:
     ValueError
         If it is an array on a device and not aligned.
     """
-    return _check_array("activations", activations)
+    return _checked("activations", activations)
 
 
-def check_gradients(activations: Any, gradients: Any, kind: str) -> None:
-    """Check that the gradient of ``activations``, of type ``kind``, can be added to ``gradients``.
+def check_gradients(activations: Any, gradients: Any, kind: str) -> Any:
+    """Return ``gradients`` as a plain array to which the gradient can be added.
+
+    ``kind`` and ``activations`` are what :func:`check_activations` returned.
 
     Raises
     ------
@@ -107,15 +117,13 @@ def check_gradients(activations: Any, gradients: Any, kind: str) -> None:
         If it has another shape, is read-only, overlaps itself or the activations, or is an array
         on a device and not aligned.
     """
-    if type(gradients) is not type(activations) or kind == CUPY:
-        other = _check_array("gradients", gradients)
-        if kind != other:
-            raise MixedArraysError(
-                f"activations are a {kind} but gradients are a {other}; move one of them, "
-                f"no data is moved unasked"
-            )
+    other, gradients = _checked("gradients", gradients)
+    if kind != other:
+        raise MixedArraysError(
+            f"activations are a {kind} but gradients are a {other}; move one of them, "
+            f"no data is moved unasked"
+        )
     if activations.dtype != gradients.dtype:
-        _check_array("gradients", gradients)
         raise TypeError(
             f"gradients have dtype {gradients.dtype} but activations have {activations.dtype}; "
             f"give both one dtype, for example with gradients.astype(activations.dtype)"
@@ -128,7 +136,7 @@ def check_gradients(activations: Any, gradients: Any, kind: str) -> None:
     if not getattr(gradients.flags, "writeable", True):
         raise ValueError("gradients are read-only; pass a writable array, such as gradients.copy()")
     if gradients.size == 0:
-        return
+        return gradients
     write = _described(gradients)
     if _overlaps_itself(write):
         raise ValueError(
@@ -140,6 +148,7 @@ def check_gradients(activations: Any, gradients: Any, kind: str) -> None:
             "gradients share memory with activations; the update would change its own input: "
             "pass a copy of one of them"
         )
+    return gradients
 
 
 class _Interface:

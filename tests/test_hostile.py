@@ -5,6 +5,9 @@ What is to be refused is worked out from the addresses of all bytes, one by one.
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -155,3 +158,110 @@ def test_any_array_is_computed_or_refused(case, norm, backend, lam):
 @given(**options)
 def test_any_of_25000_arrays_is_computed_or_refused(case, norm, backend, lam):
     check(case, norm, backend, lam)
+
+
+@pytest.mark.long
+def test_a_guided_search_finds_no_array_that_is_judged_wrongly(python):
+    pytest.importorskip("atheris")
+    fuzzer = str(Path(__file__).with_name("fuzz_hostile.py"))
+    done = python(fuzzer, "-max_total_time=120", "-print_final_stats=1", timeout=600)
+    runs = re.search(r"number_of_executed_units: (\d+)", done.stderr)
+    assert int(runs[1]) > 1000
+
+
+# Objects that say of themselves what is not so.
+
+
+def lying(base):
+    """Return a subclass whose instances are larger, by their own word, than their memory."""
+
+    class Liar(base):
+        shape = property(lambda self: (10**6,))
+        size = property(lambda self: 10**6)
+        strides = property(lambda self: (4,))
+        dtype = property(lambda self: np.dtype(np.float32))
+        flags = property(lambda self: np.ones(3).flags)
+        __array_interface__ = property(lambda self: {"shape": (10**6,), "data": (64, False)})
+
+    return Liar
+
+
+@pytest.mark.parametrize("name", [None, "numpy", "numba"])
+def test_a_subclass_is_taken_for_what_it_is(name):
+    reg = ActivityRegularization(0.5, backend=name)
+    liar = lying(np.ndarray)
+    x, g = np.ones(4), np.zeros(4)
+    assert reg.apply(x.view(liar), g.view(liar)) == reg.penalty(x.view(liar)) == 2.0
+    assert float(reg.partial_sum(x.view(liar))) == 4.0
+    assert (g == 0.5).all()
+    g.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        reg.apply(x, g.view(liar))
+    for bad in (np.ones(3), np.ones(4, np.float32), np.ones(4, int)):
+        with pytest.raises((TypeError, ValueError), match="gradients have"):
+            reg.apply(x, bad.view(liar))
+
+
+def test_a_subclass_of_cupy_is_taken_for_what_it_is(cupy):
+    liar = lying(cupy.ndarray)
+    x, g = cupy.ones(4), cupy.zeros(4)
+    reg = ActivityRegularization(0.5)
+    fakes = [a.view(liar) for a in (x, g)]
+    assert reg.apply(*fakes) == reg.penalty(fakes[0]) == 2.0
+    assert (g == 0.5).all()
+
+
+class Impostor:
+    """No array, whatever it says."""
+
+    dtype, shape, size, ndim, itemsize = np.dtype(float), (3,), 3, 1, 8
+    __class__ = np.ndarray
+
+    @property
+    def __array_interface__(self):
+        return {"version": 3, "shape": (3,), "typestr": "<f8", "data": (64, False)}
+
+    __cuda_array_interface__ = __array_interface__
+
+    def __dlpack__(self, **_):
+        raise AssertionError("it was asked for memory")
+
+    __array__ = __dlpack__
+
+
+def test_what_only_claims_to_be_an_array_is_refused():
+    reg = ActivityRegularization(0.5)
+    for arguments in ((Impostor(), np.zeros(3)), (np.zeros(3), Impostor())):
+        with pytest.raises(TypeError, match=r"must be a NumPy or CuPy array, not a .*Impostor"):
+            reg.apply(*arguments)
+    with pytest.raises(TypeError, match="must be a NumPy or CuPy array"):
+        reg.penalty(Impostor())
+
+
+# More elements than 32 bits count.
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_view_of_more_than_2_to_the_31_elements(dtype):
+    size = 2**31 + 5
+    ones = np.broadcast_to(np.ones((), dtype), (size,))
+    assert float(ActivityRegularization(1.0, "l2_squared").partial_sum(ones)) == size
+    compute = np.float64 if dtype == "float64" else np.float32
+    assert ActivityRegularization(1.0).penalty(ones) == compute(size)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_gradients_of_more_than_2_to_the_31_elements(tmp_path, layout):
+    """In a file with holes, of which only what is not zero takes room."""
+    size = 2**31 + 8
+    shape = (size,) if layout == "contiguous" else (size // 8, 8)
+    files = [np.memmap(tmp_path / name, np.float16, "w+", shape=shape) for name in ("x", "g")]
+    x, g = files if layout == "contiguous" else [file[:, ::-1] for file in files]
+    last = (-1,) * x.ndim
+    x[last], x[(0,) * x.ndim] = 3.0, -2.0
+    assert ActivityRegularization(0.5).apply(x, g) == 2.5
+    assert g[last] == 0.5
+    assert g[(0,) * x.ndim] == -0.5
+    assert int(np.count_nonzero(files[1])) == 2
