@@ -5,6 +5,7 @@ What is to be refused is worked out from the addresses of all bytes, one by one.
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 
@@ -236,6 +237,25 @@ def test_what_only_claims_to_be_an_array_is_refused():
             reg.apply(*arguments)
     with pytest.raises(TypeError, match="must be a NumPy or CuPy array"):
         reg.penalty(Impostor())
+
+
+# Memory that is mapped, or whose owner is gone.
+
+
+def test_mapped_memory_and_memory_whose_owner_is_gone(tmp_path):
+    path = tmp_path / "map"
+    np.ones(1000).tofile(path)
+    reg = ActivityRegularization(0.5)
+    mapped = np.memmap(path, np.float64, "r")
+    with pytest.raises(ValueError, match=r"gradients are read-only.*gradients\.copy"):
+        reg.apply(np.ones(1000), mapped)
+    owner = bytearray(8000)
+    gradients = np.frombuffer(owner)[::2][1:]
+    del owner
+    path.unlink()  # the map keeps the file
+    gc.collect()
+    assert reg.apply(mapped[::2][1:], gradients) == 249.5
+    assert (gradients == 0.5).all()
 
 
 # More elements than 32 bits count.
