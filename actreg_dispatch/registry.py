@@ -14,7 +14,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator
+import weakref
+from collections.abc import Callable, Container, Iterator, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,7 +117,8 @@ class _Entry:
 
 
 _ENTRIES: dict[str, _Entry] = {}
-_ARRAY_TYPES: dict[type, str] = {}  # class of an array -> dotted name of its library's array type
+# Class of an array -> dotted name of its library's array type.
+_ARRAY_TYPES: MutableMapping[type, str] = weakref.WeakKeyDictionary()
 _DECISIONS: dict[tuple[str, str, np.dtype[Any], bool], tuple[Backend, str]] = {}
 _LOCK = threading.RLock()
 lock_over_fork(_LOCK)
@@ -186,6 +188,8 @@ def _load(entry: _Entry) -> str:
         if entry.backend.is_available():
             return ""
         reason = entry.backend.unavailable_because
+    except (RecursionError, MemoryError):  # which says nothing about the backend
+        raise
     except Exception as error:  # a broken installation must not break the other backends
         reason = f"{type(error).__name__}: {error}"
     return f"{reason}. {entry.install}".strip()

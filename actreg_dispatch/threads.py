@@ -1,15 +1,14 @@
 """Living with forks and other threads: when Numba's threads may be used, and what locks do.
 
-As Numba ships them, parallel kernels end the process in two ordinary situations: in a forked child
-whose parent has used them, with GNU OpenMP; and where a second thread enters one, with the layer
-``workqueue``. There the kernels run serially.
+As Numba ships them, parallel kernels end or hang the process in two ordinary situations: in a
+forked child whose parent has used OpenMP, be it through Numba or through another library; and
+where a second thread enters one, with the layer ``workqueue``. There the kernels run serially.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ _LOGGER = logging.getLogger("actreg_dispatch")
 _MAIN_THREAD = threading.main_thread().ident
 
 _layer: str | None = None  # "" if there is none
-_orphaned = False  # a child of a process that had threads, which were not forked with it
 
 
 def may_use_threads() -> bool:
     """Return whether a parallel kernel may be launched from this thread of this process."""
-    if _orphaned:
+    if os.getpid() != _PROCESS:  # a forked child: the threads of its parent were not forked with it
         return False
     layer = threading_layer()
     if layer == "workqueue":  # which takes one caller at a time: no other thread may come
@@ -42,17 +40,10 @@ def lock_over_fork(lock: Any) -> None:
     """Let a fork wait for ``lock``, so that no child inherits it from a thread it does not have."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
-            before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release
+            before=lock.acquire,
+            after_in_parent=lock.release,
+            after_in_child=lock._at_fork_reinit,  # as the standard library does
         )
-
-
-def _launched() -> str:
-    """Return the layer whose threads run in this process, or did in one that forked it."""
-    numba = sys.modules.get("numba")
-    try:
-        return str(numba.threading_layer()) if numba else ""
-    except Exception:  # none runs, or Numba is being imported
-        return ""
 
 
 def _launch() -> str:
@@ -60,30 +51,32 @@ def _launch() -> str:
     global _layer
     import numba
 
-    try:
-        numba.get_num_threads()
-        _layer = _launched()
-    except Exception as error:  # no layer can be loaded; -W error makes its warnings fatal, too
-        _layer = ""
-        _LOGGER.debug("no threads, parallel kernels run serially: %s", error)
+    with _LAUNCHING:
+        try:
+            numba.get_num_threads()
+            _layer = numba.threading_layer()
+        except Exception as error:  # none can be loaded; -W error makes its warnings fatal, too
+            _layer = ""
+            _LOGGER.debug("no threads, parallel kernels run serially: %s", error)
     return _layer
 
 
-def _after_fork() -> None:
-    global _orphaned, _MAIN_THREAD
-    _MAIN_THREAD = threading.get_ident()
-    _orphaned = _orphaned or _launched() != ""
+def _is_forked() -> bool:
+    """Return whether this process is a fork of its parent, as far as the system tells.
 
-
-def _runs_alone() -> bool:
-    """Return whether this thread is the only one of the process, as far as the system tells."""
+    Then it runs the same command, and the kernel's page is where a start put it at random.
+    """
+    own, parent = (Path(f"/proc/{pid}") for pid in ("self", os.getppid()))
     try:
-        return len(list(Path("/proc/self/task").iterdir())) == 1
+        if (own / "cmdline").read_bytes() != (parent / "cmdline").read_bytes():
+            return False
+        pages = ((process / "maps").read_text(errors="replace") for process in (own, parent))
+        places = [[line for line in page.splitlines() if "[vdso]" in line] for page in pages]
     except OSError:
         return False
+    return places[0] == places[1]
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-# Forked before this was imported: the layer is there, its threads are not.
-_orphaned = _launched() != "" and _runs_alone()
+_LAUNCHING = threading.RLock()
+lock_over_fork(_LAUNCHING)
+_PROCESS = 0 if _is_forked() else os.getpid()  # the one whose threads may be used

@@ -43,7 +43,7 @@ def check_number(name: str, value: Any) -> float:
     except OverflowError:
         number = math.inf
     if not (number >= 0.0 and math.isfinite(number)):
-        raise ValueError(f"{name}={value!r} is out of range; {advice}")
+        raise ValueError(f"{name}={number!r} is out of range; {advice}")
     return number + 0.0  # -0.0 becomes 0.0
 
 
@@ -57,15 +57,19 @@ def _checked(name: str, array: Any) -> tuple[str, Any]:
     if masked is not None and issubclass(cls, masked):
         raise TypeError(f"{name} are a masked array; pass {name}.filled(0), or their plain data")
     array_type = array_type_of(cls)
+    plain: Any = np.ndarray if array_type == NUMPY else None
+    if array_type == CUPY:
+        plain = sys.modules["cupy"].ndarray
+    if plain is not None and cls is not plain:
+        try:
+            array = plain.view(array, plain)  # by its memory, whatever the class says of itself
+        except TypeError:
+            array_type = None
     if array_type is None:
         raise TypeError(
             f"{name} must be a NumPy or CuPy array, not a {cls.__module__}.{cls.__qualname__}; "
             f"convert it, for example with numpy.asarray"
         )
-    if array_type == NUMPY:
-        array = np.asarray(array)
-    elif array_type == CUPY and cls is not (plain := sys.modules["cupy"].ndarray):
-        array = plain.view(array, plain)
     if array.dtype not in COMPUTE_DTYPES and compute_dtype(array.dtype) is None:
         raise TypeError(
             f"{name} have dtype {array.dtype}; convert them to float32 or float64, "

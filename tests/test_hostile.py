@@ -230,13 +230,28 @@ class Impostor:
     __array__ = __dlpack__
 
 
-def test_what_only_claims_to_be_an_array_is_refused():
-    reg = ActivityRegularization(0.5)
-    for arguments in ((Impostor(), np.zeros(3)), (np.zeros(3), Impostor())):
-        with pytest.raises(TypeError, match=r"must be a NumPy or CuPy array, not a .*Impostor"):
+class Alike(type):
+    """Of classes that cannot be told from NumPy's by comparison."""
+
+    def __hash__(cls):
+        return hash(np.ndarray)
+
+    def __eq__(cls, other):
+        return True
+
+
+class Twin(Impostor, metaclass=Alike):
+    pass
+
+
+@pytest.mark.parametrize("cls", [Impostor, Twin])
+def test_what_only_claims_to_be_an_array_is_refused(cls):
+    reg, impostor = ActivityRegularization(0.5), cls()
+    for arguments in ((impostor, np.zeros(3)), (np.zeros(3), impostor)):
+        with pytest.raises(TypeError, match=r"must be a NumPy or CuPy array, not a "):
             reg.apply(*arguments)
     with pytest.raises(TypeError, match="must be a NumPy or CuPy array"):
-        reg.penalty(Impostor())
+        reg.penalty(impostor)
 
 
 # Memory that is mapped, or whose owner is gone.
