@@ -5,10 +5,13 @@
 
 import sys
 
-import atheris
+if __name__ == "__main__":  # it is imported where tests are collected
+    import atheris
 
-with atheris.instrument_imports(include=["actreg_dispatch.validation", "actreg_dispatch.layout"]):
-    from test_hostile import test_any_array_is_computed_or_refused
+    with atheris.instrument_imports(
+        include=["actreg_dispatch.validation", "actreg_dispatch.layout"]
+    ):
+        from test_hostile import test_any_array_is_computed_or_refused
 
-atheris.Setup(sys.argv, test_any_array_is_computed_or_refused.hypothesis.fuzz_one_input)
-atheris.Fuzz()
+    atheris.Setup(sys.argv, test_any_array_is_computed_or_refused.hypothesis.fuzz_one_input)
+    atheris.Fuzz()

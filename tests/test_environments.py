@@ -76,6 +76,11 @@ CUPYS = {
 }
 
 
+# A software CUDA device wraps whatever is imported as cupy.
+real_import = pytest.mark.skipif("SOFTGPU" in os.environ, reason="CuPy is wrapped here")
+
+
+@real_import
 @pytest.mark.parametrize("kind", CUPYS)
 @pytest.mark.parametrize("flags", [[], ["-W", "error"]], ids=["", "warnings are errors"])
 def test_a_cupy_that_does_not_work(python, stand_in, kind, flags):
@@ -91,6 +96,7 @@ def test_a_cupy_that_does_not_work(python, stand_in, kind, flags):
     assert "pip install cupy-cuda13x" in told.stderr
 
 
+@real_import
 def test_a_driver_that_fails_at_the_first_call(python, stand_in):
     """A device answers, so the backend is chosen; its error comes through, the array is whole."""
     environment = stand_in(cupy=f"{CUPY}DEVICES = 1\ndef asarray(x): return x\n")
