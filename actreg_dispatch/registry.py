@@ -68,11 +68,11 @@ class Backend(Protocol):
     with it, and ``lam`` is a float that the compute dtype T holds exactly.
 
     A backend for NumPy arrays may also have a function ``express(norm, dtype, size, *, writes)``,
-    which makes calls on small arrays cheap. It returns a function of activations, gradients, λ and
-    epsilon (NaN for the default) that does a whole call on contiguous arrays of one axis, unchecked
-    ones, and returns the penalty as a float, :data:`~actreg_dispatch.rounding.REFUSED` or
-    :data:`~actreg_dispatch.rounding.UNDECIDED`. Where ``writes`` is false the gradients are the
-    activations again, to be left alone.
+    which makes calls on small arrays cheap. It returns None, or a function of activations,
+    gradients, λ and epsilon (NaN for the default) that does a whole call on contiguous arrays of
+    one axis, unchecked ones, and returns the penalty as a float,
+    :data:`~actreg_dispatch.rounding.REFUSED` or :data:`~actreg_dispatch.rounding.UNDECIDED`. Where
+    ``writes`` is false the gradients are the activations again, to be left alone.
     """
 
     @property

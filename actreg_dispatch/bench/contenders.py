@@ -23,6 +23,7 @@ from actreg_dispatch.regularization import ActivityRegularization
 __all__ = [
     "BARE_CALL",
     "CONTENDERS",
+    "FAST",
     "LAM",
     "LAYOUTS",
     "Case",
@@ -41,6 +42,7 @@ __all__ = [
 LAM = 0.125  # exact in every dtype, so that all peers add the same
 _REFERENCE_UP_TO = 100_000  # elements; the reference backend is not there to be fast
 _PEERS_UP_TO = 20_000_000  # elements; beyond, their temporaries may not fit
+FAST = ("numba", "cupy")  # our backends that are there to be fast, one a device
 BARE_CALL = 1000  # elements up to which the limit is a compiled call that does nothing
 
 

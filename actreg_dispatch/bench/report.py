@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from actreg_dispatch.bench.contenders import FAST
+
 __all__ = [
     "BadFileError",
     "draw",
@@ -21,8 +23,6 @@ __all__ = [
     "summary",
     "update_readme",
 ]
-
-_OURS = ("numba", "cupy")  # the backends that are fast, one a device
 
 MARKS = {
     "cpu": ("<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"),
@@ -145,10 +145,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
                     *zip(*sorted(points), strict=True),
                     linestyle="--" if name == "limit" else "-",
                     marker="" if name == "limit" else "o",
-                    linewidth=2.5 if name in _OURS else 1.2,
+                    linewidth=2.5 if name in FAST else 1.2,
                     markersize=3,
                     color="black" if name == "limit" else f"C{names.index(name)}",
-                    zorder=3 if name in _OURS else 2,
+                    zorder=3 if name in FAST else 2,
                 )[0]
         axes.set(xscale="log", yscale="log", title=f"{panel[0]} {panel[1]}, {panel[2]}")
         axes.set(xlabel="elements", ylabel="GB/s")
@@ -160,7 +160,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 def _setting(results: dict[str, Any]) -> str:
     processor, threads = results["machine"]["processor"], results["machine"]["threads"]
-    return f"{processor}, {threads} thread{'s'[threads == 1 :]}" if threads else processor
+    if not threads:  # a GPU
+        return str(processor)
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -210,7 +212,7 @@ def _pivot(records: Sequence[Record]) -> list[str]:
     """Return a table of what the fast backend took, a column for each size."""
     cells: dict[str, dict[int, str]] = {}
     for record in records:
-        if record["contender"] in _OURS:
+        if record["contender"] in FAST:
             layout = "" if record["layout"] == "contiguous" else f", {record['layout']}"
             row = f"`{record['operation']}` {record['norm']}, {record['dtype']}{layout}"
             ratios = [_ratio(record[f"ratio_to_{rival}"]) for rival in ("limit", "best_peer")]

@@ -26,6 +26,7 @@ import numpy as np
 from actreg_dispatch import __version__
 from actreg_dispatch.bench.contenders import (
     CONTENDERS,
+    FAST,
     LAM,
     LAYOUTS,
     Case,
@@ -217,7 +218,7 @@ def slope(records: Iterable[Record], minimum: int = 100_000) -> dict[str, float]
     series: dict[str, list[tuple[int, float]]] = {}
     for record in records:
         if (
-            record["contender"] in ("numba", "cupy")
+            record["contender"] in FAST
             and record["size"] >= minimum
             and record["layout"] == "contiguous"
         ):
