@@ -8,8 +8,9 @@ of the gradient. Sums stay in vector registers. Two kinds of kernel are built of
   caller may get wrong, sum, test the rounding, update. The API calls them before anything else, so
   that a small array costs little more than the call of compiled code. What they do not take they
   refuse, having written nothing.
-* *strided* kernels take views of three axes (see :mod:`actreg_dispatch.layout`), after validation,
-  and return the sum.
+* *strided* kernels take arrays of any strides, after validation, and return the sum. A pass over an
+  array is one call of compiled code, during which no interrupt is heard, so the gradients are never
+  left half updated.
 
 Where the rounding test fails, the sum, and the sum only, is done again in integers.
 
@@ -24,12 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -88,6 +88,7 @@ _NOT_IN_THE_CODE = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAY
 
 _BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 _LOW = (1 << LIMB) - 1  # the bits of a limb
+_AXES = types.Array(types.int64, 2, "C")
 
 # Compiled code calls the shared arithmetic by its own name.
 for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified):
@@ -104,8 +105,9 @@ def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Partia
     degree, compute = degree_of(norm), COMPUTE_DTYPES[activations.dtype]
     bins = np.zeros((2046, limbs_of(degree)), np.int64)
     special = 0.0
-    for x, _ in _views(activations, activations):
-        special += _kernel(_tally, degree, x.dtype)(x, bins)
+    if activations.size:
+        x, _, axes = _rows(activations, activations)
+        special = _kernel(_tally, degree, x.dtype)(x, axes, bins)
     return PartialSum(degree, compute, units_of(bins, degree), special)
 
 
@@ -263,16 +265,29 @@ def _address(typingctx, array):  # type: ignore[no-untyped-def]
     return types.int64(array), cast
 
 
-@intrinsic
-def _dense(typingctx, row):  # type: ignore[no-untyped-def]
-    """Return ``row``, an axis of unit stride, as the contiguous array that it is."""
+def _row(layout: str) -> Any:
+    """Return the function that makes an array of one axis and ``layout`` out of ``first``.
 
-    def same(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        if context.enable_nrt:
-            context.nrt.incref(builder, row, arguments[0])
-        return arguments[0]
+    It has ``length`` elements, lies ``offset`` bytes behind ``first``, and holds no reference.
+    """
 
-    return row.copy(layout="C")(row), same
+    @intrinsic
+    def row(typingctx, first, offset, length):  # type: ignore[no-untyped-def]
+        def move(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            array = context.make_array(first)(context, builder, arguments[0])
+            start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+            array.data = builder.bitcast(builder.gep(start, [arguments[1]]), array.data.type)
+            array.shape = builder.insert_value(array.shape, arguments[2], 0)
+            array.nitems = arguments[2]
+            array.meminfo = ir.Constant(array.meminfo.type, None)
+            return array._getvalue()
+
+        return first.copy(layout=layout)(first, types.int64, types.int64), move
+
+    return row
+
+
+_strided_row, _dense_row = _row("A"), _row("C")
 
 
 # Magnitudes: |x| or x² in binary64, less the second result, which is what the square lost.
@@ -403,6 +418,17 @@ def _tally_row(row, bins, squares):  # type: ignore[no-untyped-def]
             bins[exponent, 0] += low
             bins[exponent, 1] += high
     return special
+
+
+@register_jitable
+def _offsets(axes, row):  # type: ignore[no-untyped-def]
+    """Return by how many bytes a row lies behind the first, in both arrays."""
+    x_offset, g_offset = 0, 0
+    for axis in range(axes.shape[1] - 1, -1, -1):
+        row, place = divmod(row, axes[0, axis])
+        x_offset += place * axes[1, axis]
+        g_offset += place * axes[2, axis]
+    return x_offset, g_offset
 
 
 @register_jitable
@@ -554,16 +580,16 @@ def _flat_on_bits(*key: Any) -> Any:
 
 
 def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], parallel: bool) -> Any:
-    """Compile one pass over views of three axes, which returns the sum as a pair."""
+    """Compile one pass over what :func:`_rows` returns, which returns the sum as a pair."""
     sum_row, magnitude = _summing(norm, dtype)
     edition = _edition(), parallel  # or one twin would be taken from the cache for the other
 
-    def kernel(x, g, lam, divisor):  # type: ignore[no-untyped-def]
+    def kernel(x, g, axes, lam, divisor):  # type: ignore[no-untyped-def]
         _ = edition
-        dense = x.strides[2] == x.itemsize and g.strides[2] == g.itemsize
-        planes, rows, length = x.shape
+        length = x.size
+        dense = x.strides[0] == x.itemsize and g.strides[0] == g.itemsize
         pieces = -(-length // _BLOCK)  # of a row
-        units = planes * rows * pieces
+        units = axes[0].prod() * pieces
         units_per_block = max(1, _BLOCK // length)
         blocks = -(-units // units_per_block)
         sums = np.empty((blocks, 2))
@@ -571,72 +597,65 @@ def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], paral
             hi, lo = 0.0, 0.0
             for unit in range(b * units_per_block, min((b + 1) * units_per_block, units)):
                 row, piece = divmod(unit, pieces)
-                plane, row = divmod(row, rows)
                 start = piece * _BLOCK
-                stop = min(start + _BLOCK, length)
-                xs, gs = x[plane, row, start:stop], g[plane, row, start:stop]
+                count = min(_BLOCK, length - start)
+                x_offset, g_offset = _offsets(axes, row)
+                x_offset += start * x.strides[0]
+                g_offset += start * g.strides[0]
                 if dense:
-                    xs, gs = _dense(xs), _dense(gs)
+                    xs, gs = _dense_row(x, x_offset, count), _dense_row(g, g_offset, count)
                     hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, lam, divisor)
                 else:
+                    xs, gs = _strided_row(x, x_offset, count), _strided_row(g, g_offset, count)
                     hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, lam, divisor)
             sums[b] = hi, lo
         return _merged(sums)
 
     element = numba.from_dtype(dtype)
-    x = types.Array(element, 3, "A", readonly=True)
-    g = types.Array(element, 3, "A", readonly=update is _leave)
+    x = types.Array(element, 1, "A", readonly=True)
+    g = types.Array(element, 1, "A", readonly=update is _leave)
     pair = types.UniTuple(types.float64, 2)
-    return _compiled(kernel, pair(x, g, types.float64, types.float64), parallel)
+    return _compiled(kernel, pair(x, g, _AXES, types.float64, types.float64), parallel)
 
 
 def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
-    """Compile the exact sum over a view of three axes."""
+    """Compile the exact sum over what :func:`_rows` returns."""
     squares = degree == 2
     edition = _edition()
 
-    def kernel(x, bins):  # type: ignore[no-untyped-def]
+    def kernel(x, axes, bins):  # type: ignore[no-untyped-def]
         _ = edition
         special = 0.0
-        for plane in range(x.shape[0]):
-            for row in range(x.shape[1]):
-                special += _tally_row(x[plane, row], bins, squares)
+        for row in range(axes[0].prod()):
+            offset, _ = _offsets(axes, row)
+            special += _tally_row(_strided_row(x, offset, x.size), bins, squares)
         return special
 
-    x = types.Array(numba.from_dtype(dtype), 3, "A", readonly=True)
-    return _compiled(kernel, types.float64(x, types.Array(types.int64, 2, "C")))
+    x = types.Array(numba.from_dtype(dtype), 1, "A", readonly=True)
+    bins = types.Array(types.int64, 2, "C")
+    return _compiled(kernel, types.float64(x, _AXES, bins))
 
 
 def _run(
     norm: ActivityNorm | None, update: Any, x: Any, g: Any, lam: float = 0.0, divisor: float = 0.0
 ) -> tuple[float, float]:
     """Run one pass over all elements and return the sum that ``norm`` takes, a pair."""
-    hi, lo = 0.0, 0.0
-    kernel = None
-    for xs, gs in _views(x, g):  # all of one size
-        if kernel is None:  # compiled before anything is written, or not at all
-            parallel = xs.size >= PARALLEL_FROM and may_use_threads()
-            kernel = _kernel(_strided, norm, update or _leave, xs.dtype, parallel)
-        hi, lo = merge_pairs(hi, lo, *kernel(xs, gs, lam, divisor))
-    return hi, lo
-
-
-def _views(x: Any, g: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield pairs of views with three axes that cover the bits of ``x`` and ``g``.
-
-    Few arrays need more than three after :func:`collapse`; of those, Python loops over the
-    shortest axes but the last.
-    """
     if x.size == 0:
-        return
+        return 0.0, 0.0
+    parallel = x.size >= PARALLEL_FROM and may_use_threads()
+    x, g, axes = _rows(x, g)
+    kernel = _kernel(_strided, norm, update or _leave, x.dtype, parallel)
+    return kernel(x, g, axes, lam, divisor)  # type: ignore[no-any-return]
+
+
+def _rows(x: Any, g: Any) -> tuple[Any, Any, np.ndarray[Any, np.dtype[np.int64]]]:
+    """Return the bits of the first rows of ``x`` and ``g``, and where the others are.
+
+    A row is the last axis that :func:`collapse` leaves. The others come as three lists, of their
+    lengths and of the bytes that ``x`` and ``g`` step along them.
+    """
     bits = _bits_of(x.dtype)
     x, g = collapse(x.view(bits), g.view(bits))
-    if x.ndim <= 3:
-        shape = (1,) * (3 - x.ndim) + x.shape
-        yield x.reshape(shape), g.reshape(shape)
-        return
-    outer = sorted(range(x.ndim - 1), key=x.shape.__getitem__)
-    order = (*outer[:-2], *sorted(outer[-2:]), x.ndim - 1)
-    x, g = x.transpose(order), g.transpose(order)
-    for index in itertools.product(*map(range, x.shape[:-3])):
-        yield x[index], g[index]
+    axes = np.array([x.shape[:-1], x.strides[:-1], g.strides[:-1]], np.int64)
+    first = (0,) * (x.ndim - 1)
+    return x[first], g[first], axes
