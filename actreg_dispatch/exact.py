@@ -31,21 +31,24 @@ def exact_result(
     norm: ActivityNorm,
     lam: float,
     epsilon: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
     """Return the penalty of finite ``activations`` and what becomes of ``gradients``.
 
     The exact sum is rounded to 53 bits once; the operations on it are binary64's, and the
-    gradient's those of the compute dtype, one scalar at a time.
+    gradient's those of the compute dtype, one scalar at a time. ``scale`` multiplies the gradient.
     """
     compute = compute_dtype(activations.dtype)
     assert compute is not None
     real = compute.type
-    strength, total = real(lam), rounded(exact_sum(activations, norm), 53)
+    total = rounded(exact_sum(activations, norm), 53)
+    with np.errstate(all="ignore"):
+        strength = real(lam * scale)
     limit = Fraction(float(np.finfo(compute).eps) if epsilon is None else epsilon)
     root = binary64(root_of(total)) if norm is ActivityNorm.L2 else 0.0
-    size = float(strength) * root
+    size = float(real(lam)) * root
     if norm is not ActivityNorm.L2:
-        size = binary64(Fraction(float(strength)) * total)
+        size = binary64(Fraction(float(real(lam))) * total)
 
     def gradient(x: Any) -> Any:
         if norm is ActivityNorm.L1:

@@ -42,6 +42,7 @@ __all__ = [
     "check_name",
     "choose",
     "get_backend",
+    "library_of",
     "register_backend",
     "requested",
     "usable",
@@ -53,26 +54,36 @@ ENVIRONMENT_VARIABLE = "ACTREG_BACKEND"
 AUTO = "auto"
 NUMPY = "numpy.ndarray"
 CUPY = "cupy.ndarray"
+LIBRARIES = {
+    "torch.Tensor": "actreg_dispatch.torch",
+    "jax.Array": "actreg_dispatch.jax",
+    "jax.core.Tracer": "actreg_dispatch.jax",
+    "dask.array.core.Array": "actreg_dispatch.dask",
+}
+"""Array type -> the module that leads arrays of another library to the backends."""
+
 REFERENCE = "numpy"  # the backend that takes any byte order and alignment
 
 logger = logging.getLogger("actreg_dispatch")
 
 
 class Backend(Protocol):
-    """What a backend is: three operations on the arrays it takes, and whether it can run here.
+    """What a backend is: four operations on the arrays it takes, and whether it can run here.
 
     Any object will do; the ones that come with the package are modules. Arguments are checked
     before a backend sees them: ``activations`` is an array of the registered type whose dtype is
     in ``dtypes``, and a NumPy array is a plain ndarray, aligned unless the backend is the
     reference. ``gradients`` is a writable one of the same shape and dtype that shares no memory
-    with it, and ``lam`` is a float that the compute dtype T holds exactly.
+    with it, on the same device. ``lam``, λ of the penalty, and ``strength``, λ of the gradient, are
+    floats that the compute dtype T holds exactly; ``strength`` may be negative, infinite or NaN.
 
     A backend for NumPy arrays may also have a function ``express(norm, dtype, size, *, writes)``,
-    which makes calls on small arrays cheap. It returns None, or a function of activations,
-    gradients, λ and epsilon (NaN for the default) that does a whole call on contiguous arrays of
-    one axis, unchecked ones, and returns the penalty as a float,
-    :data:`~actreg_dispatch.rounding.REFUSED` or :data:`~actreg_dispatch.rounding.UNDECIDED`. Where
-    ``writes`` is false the gradients are the activations again, to be left alone.
+    which makes calls on small arrays cheap. It returns None, or a function that does a whole call
+    on contiguous arrays of one axis, unchecked ones. That takes activations, gradients, λ of the
+    penalty, λ of the gradient (neither rounded to T yet) and epsilon (NaN for the default), and
+    returns the penalty as a float, :data:`~actreg_dispatch.rounding.REFUSED` or
+    :data:`~actreg_dispatch.rounding.UNDECIDED`. Where ``writes`` is false the gradients are the
+    activations again, to be left alone.
     """
 
     @property
@@ -97,12 +108,28 @@ class Backend(Protocol):
         """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
 
     def apply(
-        self, activations: Any, gradients: Any, norm: ActivityNorm, lam: float, epsilon: float
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: ActivityNorm,
+        lam: float,
+        strength: float,
+        epsilon: float,
     ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty.
 
         For ``L2`` nothing is added where the sum of squares is at most ``epsilon``.
         """
+
+    def add_gradient(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: ActivityNorm,
+        strength: float,
+        divisor: float,
+    ) -> None:
+        """Add the gradient to ``gradients`` in place; ``divisor`` is the ‖x‖ of L2, in T."""
 
 
 @dataclass
@@ -338,18 +365,24 @@ def requested(explicit: str | None = None) -> tuple[str, str]:
 
 
 def array_type_of(cls: type) -> str | None:
-    """Return the dotted name of the registered array type that ``cls`` belongs to, or None."""
+    """Return the dotted name of the known array type that ``cls`` belongs to, or None."""
     known = _ARRAY_TYPES.get(cls)
     if known is None:
         with _LOCK:
             nearest: type = object
-            for array_type in {entry.array_type for entry in _ENTRIES.values()}:
+            for array_type in {*LIBRARIES, *(entry.array_type for entry in _ENTRIES.values())}:
                 module, _, attribute = array_type.rpartition(".")
                 base = getattr(sys.modules.get(module), attribute, None)
                 if isinstance(base, type) and issubclass(cls, base) and issubclass(base, nearest):
                     nearest = base
                     known = _ARRAY_TYPES[cls] = array_type
     return known
+
+
+def library_of(array: Any) -> Any:
+    """Return the module of :data:`LIBRARIES` for ``array``; None if backends take it as it is."""
+    module = LIBRARIES.get(array_type_of(type(array)) or "")
+    return module and importlib.import_module(module)
 
 
 def choose(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import (
+    CUPY,
     NUMPY,
     RAW_ENVIRONMENT,
     RAW_KEY,
@@ -17,6 +21,7 @@ from actreg_dispatch.registry import (
     asked_by_context,
     check_name,
     choose,
+    library_of,
 )
 from actreg_dispatch.rounding import (
     COMPUTE_DTYPES,
@@ -28,13 +33,20 @@ from actreg_dispatch.rounding import (
     round_to,
 )
 from actreg_dispatch.transfer import move, write_back
-from actreg_dispatch.validation import check_activations, check_gradients, check_number
+from actreg_dispatch.validation import (
+    check_activations,
+    check_gradients,
+    check_number,
+    check_real,
+)
 
 __all__ = ["ActivityRegularization"]
 
 _NDARRAY = np.ndarray
 _NO_LAST: tuple[Any, ...] = (None,) * 5
 _NO_PLAN: tuple[Any, dict[Any, Any]] = None, {}
+_REDUCTIONS = ("sum", "mean", "batch")
+_UNSCALED = 1.0  # the very object tells a call without ``scale``
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -64,6 +76,9 @@ class ActivityRegularization:
     epsilon : float, optional
         ``"l2"`` only: the sum of squares up to which the gradient is zero. By default the machine
         epsilon of the compute dtype; 0.0 gives a zero gradient at x = 0 only.
+    reduction : {"sum", "mean", "batch"}, default "sum"
+        What λ is divided by, for the penalty and for the gradient: nothing, the number of elements,
+        or the number of samples, which is the length of the first axis (as Keras 3 has it).
     backend : str, optional
         The backend that computes, whatever ``use_backend`` and ``ACTREG_BACKEND`` say; ``"auto"``
         chooses by array type. Data moves to the backend and back if it must.
@@ -73,16 +88,18 @@ class ActivityRegularization:
     TypeError
         If ``lam`` or ``epsilon`` is not a number.
     ValueError
-        If ``lam`` or ``epsilon`` is negative, infinite or NaN, the norm is unknown, or
-        ``epsilon`` is given for another norm than ``"l2"``.
+        If ``lam`` or ``epsilon`` is negative, infinite or NaN, the norm or the reduction is
+        unknown, or ``epsilon`` is given for another norm than ``"l2"``.
     UnknownBackendError
         If ``backend`` names no backend.
 
     Notes
     -----
     Activations may be NumPy or CuPy arrays of float16, bfloat16 (``ml_dtypes``; CuPy has it from
-    version 14 on), float32 or float64, of any shape and strides. The compute dtype T is float64 for
-    float64 and float32 for the others. λ is rounded to T once. The sum is as if it were exact,
+    version 14 on), float32 or float64, of any shape and strides; or tensors of PyTorch, arrays of
+    JAX or Dask arrays (see :mod:`actreg_dispatch.torch`, :mod:`actreg_dispatch.jax` and
+    :mod:`actreg_dispatch.dask`). The compute dtype T is float64 for float64 and float32 for the
+    others. λ, divided as ``reduction`` says, is rounded to T once. The sum is as if it were exact,
     rounded to 53 bits; the penalty follows from it in binary64 and is rounded to T once. The
     gradient is computed in T, added in T, and rounded to the dtype of the gradients once. So every
     bit is the same for any order of summation. NaN and infinity propagate.
@@ -110,6 +127,7 @@ class ActivityRegularization:
         norm: str | ActivityNorm = "l1",
         *,
         epsilon: float | None = None,
+        reduction: str = "sum",
         backend: str | None = None,
     ) -> None:
         self.lam = lam
@@ -125,27 +143,40 @@ class ActivityRegularization:
                     f"leave it out, it belongs to 'l2'"
                 )
             epsilon = check_number("epsilon", epsilon)
+        if reduction not in _REDUCTIONS:
+            known = ", ".join(map(repr, _REDUCTIONS))
+            raise ValueError(f"reduction={reduction!r} is unknown; use one of: {known}")
+        self._reduction = reduction
         self._epsilon = epsilon
         self._floor = math.nan if epsilon is None else epsilon
         self._last, self._plan = _NO_LAST, _NO_PLAN
         self._backend = None if backend is None else check_name(backend, f"backend={backend!r}")
 
     @classmethod
-    def l1(cls, lam: float, *, backend: str | None = None) -> ActivityRegularization:
+    def l1(
+        cls, lam: float, *, reduction: str = "sum", backend: str | None = None
+    ) -> ActivityRegularization:
         """Return the L1 regularization: P(x) = λ·Σ|xᵢ|, gradient λ·sign(xᵢ)."""
-        return cls(lam, ActivityNorm.L1, backend=backend)
+        return cls(lam, ActivityNorm.L1, reduction=reduction, backend=backend)
 
     @classmethod
     def l2(
-        cls, lam: float, *, epsilon: float | None = None, backend: str | None = None
+        cls,
+        lam: float,
+        *,
+        epsilon: float | None = None,
+        reduction: str = "sum",
+        backend: str | None = None,
     ) -> ActivityRegularization:
         """Return the L2 regularization, the norm: P(x) = λ·√(Σxᵢ²), gradient (λ·xᵢ)/‖x‖."""
-        return cls(lam, ActivityNorm.L2, epsilon=epsilon, backend=backend)
+        return cls(lam, ActivityNorm.L2, epsilon=epsilon, reduction=reduction, backend=backend)
 
     @classmethod
-    def l2_squared(cls, lam: float, *, backend: str | None = None) -> ActivityRegularization:
+    def l2_squared(
+        cls, lam: float, *, reduction: str = "sum", backend: str | None = None
+    ) -> ActivityRegularization:
         """Return the squared L2 regularization, Keras' "L2": P(x) = λ·Σxᵢ², gradient (λ·2)·xᵢ."""
-        return cls(lam, ActivityNorm.L2_SQUARED, backend=backend)
+        return cls(lam, ActivityNorm.L2_SQUARED, reduction=reduction, backend=backend)
 
     @property
     def lam(self) -> float:
@@ -155,7 +186,6 @@ class ActivityRegularization:
     @lam.setter
     def lam(self, value: float) -> None:
         self._lam = check_number("lam", value)
-        self._prepared: dict[np.dtype[Any], tuple[float, float]] = {}
 
     @property
     def norm(self) -> ActivityNorm:
@@ -166,6 +196,11 @@ class ActivityRegularization:
     def epsilon(self) -> float | None:
         """The sum of squares up to which the L2 gradient is zero; None for the default."""
         return self._epsilon
+
+    @property
+    def reduction(self) -> str:
+        """What λ is divided by: ``"sum"``, nothing, ``"mean"`` or ``"batch"``."""
+        return self._reduction
 
     @property
     def backend(self) -> str | None:
@@ -179,14 +214,15 @@ class ActivityRegularization:
 
         Parameters
         ----------
-        activations : numpy.ndarray or cupy.ndarray
+        activations : numpy.ndarray, cupy.ndarray or other array
             Of a supported dtype (see the class), any shape and strides; may be empty.
 
         Returns
         -------
-        numpy.floating or cupy.ndarray
-            In the compute dtype T: a NumPy scalar for a NumPy array, a 0-d array on the
-            same device, without waiting for it, for a CuPy array. 0 for an empty array.
+        numpy.floating, cupy.ndarray or other array
+            In the compute dtype T: a NumPy scalar for a NumPy array; a 0-d array on the same
+            device, without waiting for it, for a CuPy array; what their modules say for the others.
+            0 for an empty array.
 
         Raises
         ------
@@ -206,8 +242,11 @@ class ActivityRegularization:
         penalty = self._express(activations, activations, False)
         if penalty is not None:
             return penalty
+        library = library_of(activations)
+        if library is not None:
+            return library.penalty(self, activations)
         kind, activations = check_activations(activations)
-        lam, _ = self._constants(activations.dtype)
+        lam, _, _ = self._constants(activations.dtype, self._count(activations))
         backend, target = self._choose(kind, activations)
         if target == kind:
             return backend.penalty(activations, self._norm, lam)
@@ -246,19 +285,25 @@ class ActivityRegularization:
         >>> float(reg.finish(total)), float(reg.penalty(activations))
         (7.5, 7.5)
         """
+        library = library_of(activations)
+        if library is not None:
+            return library.partial_sum(self, activations)  # type: ignore[no-any-return]
         kind, activations = check_activations(activations)
         backend, target = self._choose(kind, activations)
         if target != kind:
             activations = move(activations, kind, target)
         return backend.partial_sum(activations, self._norm)
 
-    def finish(self, total: PartialSum) -> Any:
+    def finish(self, total: PartialSum, *, count: int | None = None) -> Any:
         """Return the penalty of activations whose sum is ``total``: λ·S, or λ·√S for ``"l2"``.
 
         Parameters
         ----------
         total : PartialSum
             The sum of what :meth:`partial_sum` returned for all pieces.
+        count : int, optional
+            How many elements (``reduction="mean"``) or samples (``"batch"``) all pieces together
+            have; needed for these reductions only.
 
         Returns
         -------
@@ -270,40 +315,150 @@ class ActivityRegularization:
         TypeError
             If ``total`` is no :class:`PartialSum`.
         ValueError
-            If it sums |x| where the norm takes x² or the other way round, or ``lam`` is too large
-            for its dtype.
+            If it sums |x| where the norm takes x² or the other way round, ``lam`` is too large
+            for its dtype, or ``count`` is missing or < 0.
         """
-        if not isinstance(total, PartialSum):
-            raise TypeError(
-                f"total={total!r} is of type {type(total).__name__}; pass the sum of what "
-                f"partial_sum returned for each piece"
-            )
-        if total.degree != degree_of(self._norm):
-            raise ValueError(
-                f"total sums |x|**{total.degree}, which norm {self._norm.value!r} does not take; "
-                f"pass partial sums of the same regularization"
-            )
-        lam, epsilon = self._constants(total.dtype)
+        self._check_total(total)
+        lam, _, epsilon = self._constants(total.dtype, self._checked_count(count))
         return total.dtype.type(total.outcome(self._norm, lam, epsilon).penalty)
 
-    def apply(self, activations: Any, gradients: Any) -> Any:
-        r"""Add the gradient of the penalty to ``gradients`` in place and return the penalty.
-
-        Added to ``gradients[i]``: λ·sign(xᵢ) for ``"l1"``, (λ·xᵢ)/‖x‖ for ``"l2"`` unless
-        Σxᵢ² ≤ ``epsilon``, (λ·2)·xᵢ for ``"l2_squared"``, evaluated in the dtype of the arrays in
-        just this order, without fused multiply-adds.
+    def add_gradient(
+        self,
+        activations: Any,
+        gradients: Any,
+        total: PartialSum | None = None,
+        *,
+        count: int | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Add to ``gradients`` in place what :meth:`apply` would add if it were given all pieces.
 
         Parameters
         ----------
-        activations : numpy.ndarray or cupy.ndarray
-            Of a supported dtype (see the class), any shape and strides; may be empty. Only read.
-        gradients : numpy.ndarray or cupy.ndarray
-            Of the same library, shape and dtype, writable, sharing no memory with
-            ``activations``. Updated in place, where it is, whatever its strides.
+        activations, gradients : numpy.ndarray, cupy.ndarray
+            One piece of the whole, as for :meth:`apply`.
+        total : PartialSum, optional
+            The sum of what :meth:`partial_sum` returned for all pieces; ``"l2"`` needs it for ‖x‖.
+        count : int, optional
+            As for :meth:`finish`.
+        scale : float, default 1.0
+            As for :meth:`apply`.
+
+        Raises
+        ------
+        TypeError, ValueError, BackendError
+            As for :meth:`apply` and :meth:`finish`, or if ``total`` is missing or of another dtype.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> reg = ActivityRegularization.l2(1.0)
+        >>> activations, gradients = np.array([3.0, 4.0]), np.zeros(2)
+        >>> pieces = activations[:1], activations[1:]
+        >>> total = sum(reg.partial_sum(piece) for piece in pieces)
+        >>> for piece, gradient in zip(pieces, (gradients[:1], gradients[1:])):
+        ...     reg.add_gradient(piece, gradient, total)
+        >>> gradients
+        array([0.6, 0.8])
+        """
+        library = library_of(activations)
+        if library is not None:
+            library.add_gradient(self, activations, gradients, total, count=count, scale=scale)
+            return
+        kind, activations = check_activations(activations)
+        gradients = check_gradients(activations, gradients, kind)
+        lam, strength, epsilon = self._constants(
+            activations.dtype, self._checked_count(count), scale
+        )
+        divisor = 0.0
+        if self._norm is ActivityNorm.L2:
+            self._check_total(total, COMPUTE_DTYPES[activations.dtype])
+            found = total.outcome(self._norm, lam, epsilon)  # type: ignore[union-attr]
+            if not found.has_gradient:
+                return
+            divisor = found.divisor
+        backend, target = self._choose(kind, activations, gradients)
+        if target == kind:
+            backend.add_gradient(activations, gradients, self._norm, strength, divisor)
+            return
+        moved = move(gradients, kind, target)
+        backend.add_gradient(move(activations, kind, target), moved, self._norm, strength, divisor)
+        write_back(moved, target, gradients, kind)
+
+    def penalty_and_gradient(
+        self, activations: Any, out: Any = None, *, scale: float = 1.0
+    ) -> tuple[Any, Any]:
+        """Return the penalty of ``activations`` and its gradient, an array of their kind.
+
+        For arrays that cannot or should not be written. The gradient is, bit for bit, what
+        :meth:`apply` leaves in gradients that were zero.
+
+        Parameters
+        ----------
+        activations : numpy.ndarray, cupy.ndarray or other array
+            As for :meth:`penalty`. Only read.
+        out : array, optional
+            Where the gradient goes: an array such as :meth:`apply` takes for ``gradients``, which
+            is overwritten. A new one by default.
+        scale : float, default 1.0
+            As for :meth:`apply`.
 
         Returns
         -------
-        numpy.floating or cupy.ndarray
+        penalty : numpy.floating, cupy.ndarray or other array
+            As :meth:`penalty` returns it.
+        gradient : array
+            ``out``, or a new array of the shape and dtype of ``activations``.
+
+        Raises
+        ------
+        TypeError, ValueError, BackendError
+            As for :meth:`apply`, before ``out`` is written.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> reg = ActivityRegularization.l1(0.5)
+        >>> penalty, gradient = reg.penalty_and_gradient(np.array([1.0, -2.0, 0.0]))
+        >>> float(penalty), gradient
+        (1.5, array([ 0.5, -0.5,  0. ]))
+        """
+        library = library_of(activations)
+        if library is not None:
+            return library.penalty_and_gradient(  # type: ignore[no-any-return]
+                self, activations, out, scale=scale
+            )
+        kind, activations = check_activations(activations)
+        if out is not None:
+            gradients = check_gradients(activations, out, kind, "out")
+            return self._update(kind, activations, gradients, scale, overwrite=True), out
+        gradient = _zeros_like(activations, kind)
+        penalty = self._express(activations, gradient, True, scale)
+        if penalty is None:
+            penalty = self._update(kind, activations, gradient, scale)
+        return penalty, gradient
+
+    def apply(self, activations: Any, gradients: Any, *, scale: float = _UNSCALED) -> Any:
+        r"""Add the gradient of the penalty to ``gradients`` in place and return the penalty.
+
+        Added to ``gradients[i]``: λ·sign(xᵢ) for ``"l1"``, (λ·xᵢ)/‖x‖ for ``"l2"`` unless
+        Σxᵢ² ≤ ``epsilon``, (λ·2)·xᵢ for ``"l2_squared"``, evaluated in the compute dtype in just
+        this order, without fused multiply-adds, where λ stands for ``scale`` times λ.
+
+        Parameters
+        ----------
+        activations : numpy.ndarray, cupy.ndarray or torch.Tensor
+            Of a supported dtype (see the class), any shape and strides; may be empty. Only read.
+        gradients : numpy.ndarray, cupy.ndarray or torch.Tensor
+            Of the same library, shape and dtype, writable, sharing no memory with
+            ``activations``. Updated in place, where it is, whatever its strides.
+        scale : float, default 1.0
+            Multiplies λ for the gradient alone: a loss scale, or the gradient that comes in. The
+            product is rounded to T once. Infinity and NaN propagate.
+
+        Returns
+        -------
+        numpy.floating, cupy.ndarray or torch.Tensor
             The penalty, exactly as :meth:`penalty` returns it.
 
         Raises
@@ -333,6 +488,7 @@ class ActivityRegularization:
         if (  # the same kind of call as the last one
             type(activations) is _NDARRAY is type(gradients)  # which __class__ may belie
             and activations.dtype is dtype is gradients.dtype
+            and scale is _UNSCALED
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
         ):
@@ -340,28 +496,43 @@ class ActivityRegularization:
             if x.ndim != 1:
                 x, g = _raveled(x, g)
             try:
-                penalty = REFUSED if x is None else function(x, g, self._lam, self._floor)
+                lam = self._lam
+                penalty = REFUSED if x is None else function(x, g, lam, lam, self._floor)
             except TypeError:  # which takes some 50 µs, so not twice
                 penalty, self._last = REFUSED, _NO_LAST
             if penalty >= 0.0:
                 return zero + penalty
             if penalty == UNDECIDED:
-                return self.finish(self.partial_sum(activations))
-        penalty = self._express(activations, gradients, True)
+                return self._exact(activations)
+        penalty = self._express(activations, gradients, True, scale)
         if penalty is not None:
             return penalty
+        library = library_of(activations)
+        if library is not None:
+            return library.apply(self, activations, gradients, scale=scale)
         kind, activations = check_activations(activations)
         gradients = check_gradients(activations, gradients, kind)
-        lam, epsilon = self._constants(activations.dtype)
+        return self._update(kind, activations, gradients, scale)
+
+    def _update(
+        self, kind: str, activations: Any, gradients: Any, scale: float, *, overwrite: bool = False
+    ) -> Any:
+        """Do :meth:`apply` for checked arrays, to zero gradients if they are to be overwritten."""
+        count = self._count(activations)
+        lam, strength, epsilon = self._constants(activations.dtype, count, scale)
         backend, target = self._choose(kind, activations, gradients)
+        if overwrite:
+            gradients[...] = 0
         if target == kind:
-            return backend.apply(activations, gradients, self._norm, lam, epsilon)
-        moved = move(gradients, kind, target)
-        result = backend.apply(move(activations, kind, target), moved, self._norm, lam, epsilon)
+            return backend.apply(activations, gradients, self._norm, lam, strength, epsilon)
+        moved, x = move(gradients, kind, target), move(activations, kind, target)
+        result = backend.apply(x, moved, self._norm, lam, strength, epsilon)
         write_back(moved, target, gradients, kind)
         return _returned(result, target, activations, kind)
 
-    def _express(self, activations: Any, gradients: Any, writes: bool) -> Any:
+    def _express(
+        self, activations: Any, gradients: Any, writes: bool, scale: float = _UNSCALED
+    ) -> Any:
         """Do the call by one compiled function if the arguments are plain enough, or return None.
 
         Such a function takes contiguous NumPy arrays and does at once what :meth:`apply` does step
@@ -377,10 +548,15 @@ class ActivityRegularization:
         asked, plan = (asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)), self._plan
         if plan[0] != asked:  # tuples that are replaced as a whole, so threads may race
             plan = self._plan = asked, {}
+        lam = strength = self._lam
+        if self._reduction != "sum":
+            lam = strength = lam / self._count(activations)
+        if scale is not _UNSCALED:
+            strength = lam * _checked_scale(scale)
         functions = plan[1].get((dtype, writes), ())
         try:
             for function in functions:
-                penalty = function(x, g, self._lam, self._floor)
+                penalty = function(x, g, lam, strength, self._floor)
                 if penalty != REFUSED:
                     break
             else:
@@ -389,19 +565,19 @@ class ActivityRegularization:
                     return None
                 choose(NUMPY, dtype, self._backend)  # once more, to log it
                 plan[1][dtype, writes] = (*functions, function)
-                penalty = function(x, g, self._lam, self._floor)
+                penalty = function(x, g, lam, strength, self._floor)
         except TypeError:  # read-only
             return None
         if penalty < 0.0:
-            return None if penalty == REFUSED else self.finish(self.partial_sum(activations))
+            return None if penalty == REFUSED else self._exact(activations)
         scalar = COMPUTE_DTYPES[dtype].type
-        if writes and _FLOATS_ARE_WEAK:
+        if writes and _FLOATS_ARE_WEAK and self._reduction == "sum":
             self._last = *asked, dtype, function, scalar(0)
         return scalar(penalty)
 
     def _find_function(
         self, dtype: np.dtype[Any], size: int, writes: bool
-    ) -> Callable[[Any, Any, float, float], float] | None:
+    ) -> Callable[[Any, Any, float, float, float], float] | None:
         """Return the chosen backend's function for such arrays, or None if it has none."""
         if compute_dtype(dtype) is None:
             return None
@@ -415,27 +591,74 @@ class ActivityRegularization:
         aligned = kind != NUMPY or all(array.flags.aligned for array in arrays)
         return choose(kind, arrays[0].dtype, self._backend, aligned=aligned)
 
-    def _constants(self, dtype: np.dtype[Any]) -> tuple[float, float]:
-        """Return λ rounded to the compute dtype, and ``epsilon`` with its default filled in."""
-        prepared = self._prepared  # the assignment of λ replaces it
-        found = prepared.get(dtype)
-        if found is not None:
-            return found
-        compute = COMPUTE_DTYPES[dtype]
-        lam = float(round_to(compute, self._lam))
-        doubled = self._norm is ActivityNorm.L2_SQUARED
-        if lam > float(np.finfo(compute).max) / (2 if doubled else 1):
-            raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
-        default = float(np.finfo(compute).eps)
-        found = lam, default if self._epsilon is None else self._epsilon
-        prepared[dtype] = found
-        return found
+    def _exact(self, activations: Any) -> Any:
+        """Return the penalty by way of the exact sum."""
+        count = None if self._reduction == "sum" else self._count(activations)
+        return self.finish(self.partial_sum(activations), count=count)
 
-    def _options(self) -> tuple[float, ActivityNorm, float | None, str | None]:
-        return self._lam, self._norm, self._epsilon, self._backend
+    def _count(self, activations: Any) -> int:
+        """Return what λ is divided by for these activations."""
+        if self._reduction == "sum":
+            return 1
+        if self._reduction == "mean":
+            return max(1, int(math.prod(activations.shape)))
+        if not activations.shape:
+            raise ValueError(
+                "activations have no axes, so no batch to divide by; use reduction='sum'"
+            )
+        return max(1, int(activations.shape[0]))
+
+    def _checked_count(self, count: int | None) -> int:
+        """Return what λ is divided by for activations of which only ``count`` is known."""
+        if self._reduction == "sum":
+            return 1
+        if count is None or operator.index(count) < 0:
+            raise ValueError(
+                f"count={count!r}, but reduction={self._reduction!r} divides by a number of all "
+                f"pieces together; pass how many elements ('mean') or samples ('batch') they have"
+            )
+        return max(1, operator.index(count))
+
+    def _check_total(self, total: Any, dtype: np.dtype[Any] | None = None) -> None:
+        """Refuse what is no sum for this norm, and for activations of the compute dtype if any."""
+        if not isinstance(total, PartialSum):
+            raise TypeError(
+                f"total={total!r} is of type {type(total).__name__}; pass the sum of what "
+                f"partial_sum returned for each piece"
+            )
+        if total.degree != degree_of(self._norm):
+            raise ValueError(
+                f"total sums |x|**{total.degree}, which norm {self._norm.value!r} does not take; "
+                f"pass partial sums of the same regularization"
+            )
+        if dtype not in (None, total.dtype):
+            raise ValueError(
+                f"total is for {total.dtype} penalties, but those of the activations are {dtype}; "
+                f"pass the sum of pieces of their dtype"
+            )
+
+    def _constants(
+        self, dtype: np.dtype[Any], count: int, scale: float = _UNSCALED
+    ) -> tuple[float, float, float]:
+        """Return λ of the penalty and of the gradient in T, and ``epsilon``, its default filled in.
+
+        Both are divided by ``count``; the gradient's is multiplied by ``scale``.
+        """
+        compute = COMPUTE_DTYPES[dtype]
+        largest, default = _limits(compute)
+        wide = self._lam / count
+        lam = strength = float(round_to(compute, wide))
+        if lam > largest / (2 if self._norm is ActivityNorm.L2_SQUARED else 1):
+            raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
+        if scale is not _UNSCALED:
+            strength = float(round_to(compute, wide * _checked_scale(scale)))
+        return lam, strength, default if self._epsilon is None else self._epsilon
+
+    def _options(self) -> tuple[Any, ...]:
+        return self._lam, self._norm, self._epsilon, self._reduction, self._backend
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": {}, "_last": _NO_LAST, "_plan": _NO_PLAN}
+        return self.__dict__ | {"_last": _NO_LAST, "_plan": _NO_PLAN}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ActivityRegularization):
@@ -445,10 +668,35 @@ class ActivityRegularization:
     def __repr__(self) -> str:
         options = "".join(
             f", {name}={value!r}"
-            for name, value in (("epsilon", self._epsilon), ("backend", self._backend))
-            if value is not None
+            for name, value, default in (
+                ("epsilon", self._epsilon, None),
+                ("reduction", self._reduction, "sum"),
+                ("backend", self._backend, None),
+            )
+            if value != default
         )
         return f"{type(self).__name__}({self._lam!r}, {self._norm.value!r}{options})"
+
+
+def _checked_scale(scale: Any) -> float:
+    return check_real("scale", scale, "pass a real number, such as the loss scale")
+
+
+@lru_cache
+def _limits(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """Return the largest number and the machine epsilon of a compute dtype."""
+    return float(np.finfo(dtype).max), float(np.finfo(dtype).eps)
+
+
+def _zeros_like(array: Any, kind: str) -> Any:
+    """Return zeros of the shape, dtype, order and device of ``array``."""
+    if kind not in (NUMPY, CUPY):
+        return array.__array_namespace__().zeros_like(array)  # what the array API standard asks for
+    order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+    if kind == NUMPY:
+        return np.zeros(array.shape, array.dtype, order)
+    with array.device:
+        return sys.modules["cupy"].zeros(array.shape, array.dtype, order)
 
 
 def _raveled(x: Any, g: Any) -> tuple[Any, Any]:

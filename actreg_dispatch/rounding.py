@@ -83,6 +83,7 @@ __all__ = [
     "anchored_bound",
     "certified",
     "compute_dtype",
+    "decided",
     "degree_of",
     "exact_sum",
     "limbs_of",
@@ -217,6 +218,31 @@ def round_to(dtype: np.dtype[Any], value: float) -> np.floating[Any]:
         with np.errstate(over="ignore"):
             return scalar(value)  # type: ignore[no-any-return]
     return scalar(value)  # type: ignore[no-any-return]
+
+
+def decided(
+    hi: float,
+    lo: float,
+    size: int,
+    dtype: np.dtype[Any],
+    norm: ActivityNorm,
+    lam: float,
+    epsilon: float,
+) -> Outcome | None:
+    """Return what a quick sum of ``size`` terms leads to, or None if that takes the exact one.
+
+    The terms are those of the tiles above, merged in any order; ``dtype`` is T.
+    """
+    penalty, divisor, has_gradient, certain = certified(
+        hi,
+        lo,
+        anchored_bound(size) if dtype == FLOAT64 else PLAIN_BOUND,
+        lam,
+        epsilon,
+        norm is ActivityNorm.L2,
+        lambda value: round_to(dtype, value),
+    )
+    return Outcome(float(penalty), float(divisor), has_gradient) if certain else None
 
 
 # Exactly, in integers.

@@ -17,7 +17,7 @@ from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import CUPY, NUMPY, array_type_of
 from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
-__all__ = ["check_activations", "check_gradients", "check_number"]
+__all__ = ["check_activations", "check_gradients", "check_number", "check_real"]
 
 # np.shares_memory solves a bounded Diophantine equation; this many steps take about 0.1 s.
 _OVERLAP_WORK: Any = 1_000_000
@@ -34,17 +34,28 @@ def check_number(name: str, value: Any) -> float:
         If it is negative, infinite or NaN.
     """
     advice = f"pass a real number >= 0 and finite for {name}"
+    number = check_real(name, value, advice)
+    if not (number >= 0.0 and math.isfinite(number)):
+        raise ValueError(f"{name}={number!r} is out of range; {advice}")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def check_real(name: str, value: Any, advice: str) -> float:
+    """Return ``value`` as a Python float if it is a real number, be it infinite or NaN.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number, naming the argument ``name`` and giving ``advice``.
+    """
     if type(value) is np.ndarray and value.ndim == 0:
         value = value[()]
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}")
     try:
-        number = float(value)
+        return float(value)
     except OverflowError:
-        number = math.inf
-    if not (number >= 0.0 and math.isfinite(number)):
-        raise ValueError(f"{name}={number!r} is out of range; {advice}")
-    return number + 0.0  # -0.0 becomes 0.0
+        return -math.inf if value < 0 else math.inf
 
 
 def _checked(name: str, array: Any) -> tuple[str, Any]:
@@ -108,7 +119,7 @@ def check_activations(activations: Any) -> tuple[str, Any]:
     return _checked("activations", activations)
 
 
-def check_gradients(activations: Any, gradients: Any, kind: str) -> Any:
+def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gradients") -> Any:
     """Return ``gradients`` as a plain array to which the gradient can be added.
 
     ``kind`` and ``activations`` are what :func:`check_activations` returned.
@@ -119,38 +130,44 @@ def check_gradients(activations: Any, gradients: Any, kind: str) -> Any:
         If ``gradients`` is not an array of the same library and dtype.
     ValueError
         If it has another shape, is read-only, overlaps itself or the activations, or is an array
-        on a device and not aligned.
+        on another device, or on a device and not aligned.
     """
-    other, gradients = _checked("gradients", gradients)
-    if kind != other:
+    other = array_type_of(type(gradients))
+    if other not in (None, kind):
         raise MixedArraysError(
-            f"activations are a {kind} but gradients are a {other}; move one of them, "
+            f"activations are a {kind} but {name} are a {other}; move one of them, "
             f"no data is moved unasked"
         )
+    _, gradients = _checked(name, gradients)
     if activations.dtype != gradients.dtype:
         raise TypeError(
-            f"gradients have dtype {gradients.dtype} but activations have {activations.dtype}; "
-            f"give both one dtype, for example with gradients.astype(activations.dtype)"
+            f"{name} have dtype {gradients.dtype} but activations have {activations.dtype}; "
+            f"give both one dtype, for example with {name}.astype(activations.dtype)"
         )
     if activations.shape != gradients.shape:
         raise ValueError(
-            f"gradients have shape {gradients.shape} but activations have {activations.shape}; "
+            f"{name} have shape {gradients.shape} but activations have {activations.shape}; "
             f"shapes must be equal, nothing is broadcast"
         )
-    if not getattr(gradients.flags, "writeable", True):
-        raise ValueError("gradients are read-only; pass a writable array, such as gradients.copy()")
-    if gradients.size == 0:
-        return gradients
+    if kind == CUPY and activations.device != gradients.device:
+        raise ValueError(
+            f"{name} are on {gradients.device} but activations on {activations.device}; "
+            f"move one of them, no data is moved unasked"
+        )
+    if not getattr(getattr(gradients, "flags", None), "writeable", True):
+        raise ValueError(f"{name} are read-only; pass a writable array, such as {name}.copy()")
+    if math.prod(gradients.shape) == 0 or kind not in (NUMPY, CUPY):
+        return gradients  # where arrays of other libraries lie is for their backend to know
     write = _described(gradients)
     if _overlaps_itself(write):
         raise ValueError(
-            "gradients overlap themselves: several elements share one memory cell, as in a "
-            "broadcast view; pass gradients.copy()"
+            f"{name} overlap themselves: several elements share one memory cell, as in a "
+            f"broadcast view; pass {name}.copy()"
         )
     if _share_memory(_described(activations), write):
         raise ValueError(
-            "gradients share memory with activations; the update would change its own input: "
-            "pass a copy of one of them"
+            f"{name} share memory with activations; the update would change its own input: "
+            f"pass a copy of one of them"
         )
     return gradients
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from actreg_dispatch import ActivityRegularization, registry
 
 BACKENDS = ("numpy", "numba", "cupy")
+LIBRARIES = ("torch", "jax", "dask")  # whose arrays a module of their own leads to the backends
 DEPENDENCIES = ("numpy", "numba")  # installed with the package, so always required
 
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
@@ -27,8 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-backend",
         action="append",
         default=[],
-        choices=BACKENDS,
-        help="fail, rather than skip, where this backend is not usable; may be repeated",
+        choices=BACKENDS + LIBRARIES,
+        help="fail, rather than skip, where this backend or library is not usable; repeatable",
     )
 
 
@@ -54,6 +56,38 @@ class UsableBackend:
     def regularization(self, lam: float, norm: Any, **options: Any) -> ActivityRegularization:
         return ActivityRegularization(lam, norm, backend=self.name, **options)
 
+    def updated(self, reg: Any, activations: Any, gradients: Any, **options: Any) -> Any:
+        """Return the penalty, and what ``apply`` makes of ``gradients``; all on the host."""
+        device = self.array(gradients.copy())
+        penalty = reg.apply(self.array(activations), device, **options)
+        return self.host(penalty), self.host(device)
+
+
+class Library(UsableBackend):
+    """A library whose arrays are led to the backends."""
+
+    def array(self, values: Any, dtype: Any = None) -> Any:
+        host = np.array(values, dtype)
+        if self.name == "torch":
+            return sys.modules["torch"].from_numpy(host)
+        if self.name == "jax":
+            return sys.modules["jax"].numpy.asarray(host)
+        chunks = tuple(max(1, -(-length // 3)) for length in host.shape)
+        return sys.modules["dask.array"].from_array(host, chunks)
+
+    def host(self, values: Any) -> np.ndarray:
+        return np.asarray(values)
+
+    def regularization(self, lam: float, norm: Any, **options: Any) -> ActivityRegularization:
+        return ActivityRegularization(lam, norm, **options)
+
+    def updated(self, reg: Any, activations: Any, gradients: Any, **options: Any) -> Any:
+        if self.name == "torch":
+            return super().updated(reg, activations, gradients, **options)
+        # Arrays that cannot be written: the same addition, in NumPy.
+        penalty, gradient = reg.penalty_and_gradient(self.array(activations), **options)
+        return self.host(penalty), gradients + self.host(gradient)
+
 
 def pytest_report_header() -> list[str]:
     lines = [f"backends: {', '.join(registry.available_backends())}"]
@@ -65,28 +99,50 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that asks for ``backend`` on all that are usable or required."""
+    """Run a test that asks for ``backend`` on all that are usable or required.
+
+    One that asks for ``arrays`` runs on the arrays of other libraries, too.
+    """
+    required = (*DEPENDENCIES, *metafunc.config.getoption("--require-backend"))
+    names = [n for n in BACKENDS if n in required or not registry.why_unavailable(n)]
     if "backend" in metafunc.fixturenames:
-        required = (*DEPENDENCIES, *metafunc.config.getoption("--require-backend"))
-        names = [n for n in BACKENDS if n in required or not registry.why_unavailable(n)]
         metafunc.parametrize("backend", names, indirect=True, scope="session")
+    if "arrays" in metafunc.fixturenames:
+        names += [n for n in LIBRARIES if n in required or importlib.util.find_spec(n)]
+        metafunc.parametrize("arrays", names, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run CUDA kernels."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if "cupy" in {parameters.get("backend"), *item.fixturenames}:
+        names = {parameters.get("backend"), parameters.get("arrays"), *item.fixturenames}
+        if "cupy" in names:
             item.add_marker("cuda")
 
 
 @pytest.fixture(scope="session")
 def backend(request: pytest.FixtureRequest) -> UsableBackend:
     """Each backend in turn; a required one that cannot run here fails."""
-    reason = registry.why_unavailable(request.param)
+    return _usable(request.param)
+
+
+def _usable(name: str) -> UsableBackend:
+    reason = registry.why_unavailable(name)
     if reason:
-        pytest.fail(f"backend {request.param}: {reason}")
-    return UsableBackend(request.param)
+        pytest.fail(f"backend {name}: {reason}")
+    return UsableBackend(name)
+
+
+@pytest.fixture(scope="session")
+def arrays(request: pytest.FixtureRequest) -> UsableBackend:
+    """Each backend, and each library whose arrays are led to the backends, in turn."""
+    if request.param in BACKENDS:
+        return _usable(request.param)
+    importlib.import_module("dask.array" if request.param == "dask" else request.param)
+    if request.param == "jax":
+        sys.modules["jax"].config.update("jax_enable_x64", True)
+    return Library(request.param)
 
 
 @pytest.fixture(scope="session")

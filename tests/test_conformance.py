@@ -24,60 +24,100 @@ norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.valu
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
-def assert_exact(backend, activations, norm, *, lam=0.1, gradients=None, **options):
+def assert_exact(arrays, activations, norm, *, lam=0.1, gradients=None, scale=1.0, **options):
     """Apply and compare penalty and gradients with rational arithmetic; all arrays on the host."""
     if gradients is None:
         gradients = np.linspace(-1, 1, activations.size).reshape(activations.shape)
         gradients = gradients.astype(activations.dtype)
-    reg = backend.regularization(lam, norm, **options)
-    penalty, updated = exact_result(activations, gradients, norm, lam, options.get("epsilon"))
-    device = backend.array(gradients.copy())
-    given_back = [
-        reg.apply(backend.array(activations), device),
-        reg.penalty(backend.array(activations)),
-    ]
-    for found in given_back:
-        assert backend.host(found).tobytes() == penalty.tobytes(), (found, penalty)
-    assert backend.host(device).tobytes() == updated.tobytes()
+    epsilon = options.get("epsilon")
+    expected, updated = exact_result(activations, gradients, norm, lam, epsilon, scale)
+    reg = arrays.regularization(lam, norm, **options)
+    penalty, found = arrays.updated(reg, activations, gradients, scale=scale)
+    alone = arrays.host(reg.penalty(arrays.array(activations)))
+    assert penalty.tobytes() == alone.tobytes() == expected.tobytes(), (penalty, expected)
+    assert found.tobytes() == updated.tobytes()
+    zeros = np.zeros_like(gradients)
+    _, gradient = exact_result(activations, zeros, norm, lam, epsilon, scale)
+    penalty, found = reg.penalty_and_gradient(arrays.array(activations), scale=scale)
+    assert arrays.host(penalty).tobytes() == expected.tobytes()
+    assert arrays.host(found).tobytes() == gradient.tobytes()
 
 
 @norms
 @dtypes
 @pytest.mark.parametrize("size", [0, 1, 2, 63, 64, 65, 1000, 4099])
-def test_penalty_and_gradients_are_exactly_rounded(backend, norm, dtype, size):
+def test_penalty_and_gradients_are_exactly_rounded(arrays, norm, dtype, size):
     rng = np.random.default_rng(size)
-    assert_exact(backend, rng.normal(size=size).astype(dtype), norm)
+    assert_exact(arrays, rng.normal(size=size).astype(dtype), norm)
 
 
 @norms
 @dtypes
-def test_a_large_array_is_exactly_rounded(backend, norm, dtype):
-    size = 70_001 if backend.name == "numba" else 9_001  # parallel kernels, several blocks
+def test_a_large_array_is_exactly_rounded(arrays, norm, dtype):
+    size = 9_001 if arrays.name in ("numpy", "cupy") else 70_001  # parallel kernels, several blocks
     rng = np.random.default_rng(1)
-    assert_exact(backend, np.maximum(rng.normal(size=size), 0).astype(dtype), norm)
+    assert_exact(arrays, np.maximum(rng.normal(size=size), 0).astype(dtype), norm)
 
 
 @norms
 @dtypes
-def test_magnitudes_far_apart_are_exactly_rounded(backend, norm, dtype):
+def test_magnitudes_far_apart_are_exactly_rounded(arrays, norm, dtype):
     rng = np.random.default_rng(2)
     values = rng.normal(size=3000) * 10.0 ** rng.uniform(-12, 12, 3000)
-    assert_exact(backend, values.astype(dtype), norm)
+    assert_exact(arrays, values.astype(dtype), norm)
 
 
 @norms
-def test_subnormal_numbers_are_not_flushed(backend, norm):
+def test_subnormal_numbers_are_not_flushed(arrays, norm):
     values = np.float32([1e-40, -3e-42, 2e-45, 0.0, 1e-20, 3e-20])
     start = np.float32([1e-41, 1e-45, -1e-40, 1e-43, 0.0, 0.0])
     for lam in (0.0, 0.5, 1e-20, 1e30):
-        assert_exact(backend, values, norm, lam=lam, gradients=start)
+        assert_exact(arrays, values, norm, lam=lam, gradients=start)
     if norm is ActivityNorm.L2:  # of a norm that is subnormal too
-        assert_exact(backend, values[:3], norm, gradients=start[:3], epsilon=0.0)
+        assert_exact(arrays, values[:3], norm, gradients=start[:3], epsilon=0.0)
 
 
 @norms
-def test_many_ones_are_counted_exactly(backend, norm):
-    assert_exact(backend, np.ones(10_007, np.float32), norm, lam=1.0)
+def test_many_ones_are_counted_exactly(arrays, norm):
+    assert_exact(arrays, np.ones(10_007, np.float32), norm, lam=1.0)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("scale", [65536.0, -0.1, 0.0, 1e-45, 1e37])
+@pytest.mark.parametrize("size", [7, 40_001])
+def test_the_scale_multiplies_the_gradient_alone(arrays, norm, dtype, scale, size):
+    values = np.random.default_rng(5).normal(size=size if arrays.name != "cupy" else 7)
+    values[::3] = 0.0
+    assert_exact(arrays, values.astype(dtype), norm, scale=scale)
+
+
+@norms
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_scale_that_is_not_finite_propagates(arrays, norm, scale):
+    values = np.float32([0.0, -0.0, 2.0, -3.0])
+    with np.errstate(invalid="ignore"):
+        added = {
+            ActivityNorm.L1: np.float32([0.0, 0.0, scale, -scale]),
+            ActivityNorm.L2: np.float32(scale) * values,
+            ActivityNorm.L2_SQUARED: np.float32(scale) * values,
+        }[norm]
+    reg = arrays.regularization(0.5, norm)
+    penalty, found = arrays.updated(reg, values, np.ones(4, np.float32), scale=scale)
+    assert penalty == arrays.host(reg.penalty(arrays.array(values)))
+    assert_array_equal(found, 1 + added)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize(("reduction", "count"), [("mean", 21), ("batch", 3)])
+def test_reductions_divide_the_strength(arrays, norm, dtype, reduction, count):
+    values = np.random.default_rng(6).normal(size=(3, 7)).astype(dtype)
+    expected = exact_result(values, np.ones_like(values), norm, 0.1 / count)
+    reg = arrays.regularization(0.1, norm, reduction=reduction)
+    found = arrays.updated(reg, values, np.ones_like(values))
+    alone = arrays.host(reg.penalty(arrays.array(values)))
+    assert [a.tobytes() for a in (*found, alone)] == [a.tobytes() for a in (*expected, expected[0])]
 
 
 @norms
@@ -93,9 +133,9 @@ def test_the_result_has_the_dtype_and_kind_of_the_input(backend, norm, dtype):
 
 @norms
 @dtypes
-def test_empty_and_zero_dimensional_arrays(backend, norm, dtype):
+def test_empty_and_zero_dimensional_arrays(arrays, norm, dtype):
     for shape in ((0,), (3, 0, 2), ()):
-        assert_exact(backend, np.full(shape, -2.0, dtype), norm)
+        assert_exact(arrays, np.full(shape, -2.0, dtype), norm)
 
 
 LAYOUTS = {
@@ -149,9 +189,9 @@ def test_a_broadcast_view_may_be_read(backend):
 
 
 @pytest.mark.parametrize("epsilon", [None, 0.0, 25.0, 26.0])
-def test_epsilon_decides_where_l2_has_a_gradient(backend, epsilon):
+def test_epsilon_decides_where_l2_has_a_gradient(arrays, epsilon):
     for values in (np.array([3.0, 4.0]), np.array([1e-5, 0.0], np.float32)):
-        assert_exact(backend, values, ActivityNorm.L2, epsilon=epsilon)
+        assert_exact(arrays, values, ActivityNorm.L2, epsilon=epsilon)
 
 
 @dtypes
@@ -225,6 +265,50 @@ def test_the_sum_of_any_pieces_leads_to_the_penalty_of_the_whole(backend, norm, 
     penalty = reg.finish(whole)
     assert type(penalty) is dtype
     assert penalty == backend.host(reg.penalty(backend.array(values)))
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+def test_the_gradient_of_pieces_is_that_of_the_whole(backend, norm, dtype, reduction):
+    values = np.random.default_rng(7).normal(size=(40, 5)).astype(dtype)
+    count = {"sum": None, "mean": 200, "batch": 40}[reduction]
+    reg = backend.regularization(0.1, norm, reduction=reduction)
+    whole, gradients = (backend.array(np.ones_like(values)) for _ in range(2))
+    activations = backend.array(values)
+    penalty = reg.apply(activations, whole, scale=-3.0)
+    pieces = [(slice(0, 1),), (slice(1, 33), slice(0, 2)), (slice(1, 33), slice(2, 5))]
+    pieces += [(slice(33, 33),), (slice(33, None),)]
+    total = sum(reg.partial_sum(activations[piece]) for piece in pieces)
+    assert reg.finish(total, count=count) == backend.host(penalty)
+    for piece in pieces:
+        reg.add_gradient(activations[piece], gradients[piece], total, count=count, scale=-3.0)
+    assert backend.host(gradients).tobytes() == backend.host(whole).tobytes()
+
+
+@dtypes
+def test_no_piece_has_a_gradient_where_the_whole_has_none(backend, dtype):
+    reg = backend.regularization(0.1, "l2", epsilon=1.0)
+    activations, gradients = backend.array([0.5, 0.5], dtype), backend.array([0.0, 0.0], dtype)
+    total = reg.partial_sum(activations)
+    reg.add_gradient(activations, gradients, total)
+    assert not backend.host(gradients).any()
+    reg.add_gradient(activations, gradients, total + total + total)
+    assert backend.host(gradients).all()
+
+
+@norms
+def test_out_is_overwritten_wherever_it_lies(backend, norm):
+    values = np.random.default_rng(8).normal(size=(4, 6)).astype(np.float32)
+    reg, activations = backend.regularization(0.1, norm), backend.array(values)
+    penalty, gradient = reg.penalty_and_gradient(activations)
+    assert penalty == reg.penalty(activations)
+    room = backend.array(np.full((4, 12), np.nan, np.float32))
+    out = room[:, ::2]
+    assert reg.penalty_and_gradient(activations, out)[1] is out
+    assert_array_equal(backend.host(out), backend.host(gradient))
+    assert np.isnan(backend.host(room)[:, 1::2]).all()
+    assert_array_equal(backend.host(activations), values)
 
 
 @norms

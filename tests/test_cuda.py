@@ -110,7 +110,7 @@ class Elsewhere:
 
 
 @norms
-@pytest.mark.parametrize("operation", ["apply", "penalty", "partial_sum"])
+@pytest.mark.parametrize("operation", ["apply", "penalty", "partial_sum", "add_gradient"])
 def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation):
     from actreg_dispatch.backends import cupy_cuda
 
@@ -120,7 +120,12 @@ def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation)
     )
     for name in ("_launch", "_FINISH", "_FINISH_L2"):
         monkeypatch.setattr(cupy_cuda, name, lambda *_, **__: seen.append(elsewhere.is_current))
-    options = {"apply": (array, norm, 0.5, 0.0), "penalty": (norm, 0.5), "partial_sum": (norm,)}
+    options = {
+        "apply": (array, norm, 0.5, 0.5, 0.0),
+        "penalty": (norm, 0.5),
+        "partial_sum": (norm,),
+        "add_gradient": (array, norm, 0.5, 1.0),
+    }
     getattr(cupy_cuda, operation)(array, *options[operation])
     assert seen
     assert all(seen)

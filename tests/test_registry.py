@@ -26,6 +26,7 @@ from actreg_dispatch import (
     use_backend,
 )
 from actreg_dispatch.backends import reference
+from actreg_dispatch.validation import check_gradients
 
 
 @pytest.fixture
@@ -405,9 +406,10 @@ def test_cupy_arrays_travel_to_the_host_and_back(cupy, norm, name, dtype):
 
 
 def test_arrays_on_two_devices_are_refused(cupy):
-    here, there = (types.SimpleNamespace(device=f"<CUDA Device {i}>") for i in range(2))
-    with pytest.raises(ValueError, match=r"gradients are on .* 1> but activations on .* 0>; move"):
-        get_backend("cupy").apply(here, there, "l1", 0.5, 0.0)
+    gradients = cupy.zeros(3)
+    elsewhere = types.SimpleNamespace(dtype=gradients.dtype, shape=(3,), device="<CUDA Device 1>")
+    with pytest.raises(ValueError, match=r"gradients are on .* 0> but activations on .* 1>; move"):
+        check_gradients(elsewhere, gradients, "cupy.ndarray")
 
 
 def test_a_dtype_that_the_device_does_not_take_is_told(cupy, monkeypatch, registered):

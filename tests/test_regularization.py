@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import fractions
+import math
 import pickle
 
 import numpy as np
@@ -204,3 +205,78 @@ def test_finish_takes_partial_sums_of_its_own_kind():
     for bad in ([1.0], np.ones(2, int), np.ma.ones(2)):
         with pytest.raises(TypeError, match="activations"):
             l1.partial_sum(bad)
+
+
+# Scale, reduction, and what comes in pieces.
+
+
+@pytest.mark.parametrize("scale", [None, "2", 1j, True, [1.0], np.ones(1)])
+def test_a_scale_that_is_no_real_number_is_refused(scale):
+    reg, gradients = ActivityRegularization(0.5), np.zeros(3)
+    for kernel in (reg.apply, reg.penalty_and_gradient, reg.add_gradient):
+        for step in (1, -1):
+            with pytest.raises(TypeError, match=r"scale=.* pass a real number, such as the loss"):
+                kernel(np.ones(3)[::step], gradients[::step], scale=scale)
+    assert not gradients.any()
+
+
+def test_numbers_of_other_kinds_are_scales():
+    for scale in (2, np.float32(2.0), np.array(2.0), fractions.Fraction(2), 10**400):
+        gradients = np.zeros(2)
+        ActivityRegularization(0.5).apply(np.ones(2), gradients, scale=scale)
+        assert (gradients == (1.0 if scale == 2 else math.inf)).all()
+
+
+def test_an_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match=r"reduction='avg' is unknown; use one of: 'sum', 'mean'"):
+        ActivityRegularization.l1(0.5, reduction="avg")
+
+
+def test_a_reduction_is_part_of_the_value():
+    reg = ActivityRegularization.l2(0.5, reduction="mean")
+    assert reg.reduction == "mean"
+    assert repr(reg) == "ActivityRegularization(0.5, 'l2', reduction='mean')"
+    assert reg != ActivityRegularization.l2(0.5)
+    assert pickle.loads(pickle.dumps(reg)) == reg
+
+
+def test_a_batch_needs_an_axis():
+    reg, gradients = ActivityRegularization(0.5, reduction="batch"), np.array(0.0)
+    for call in (lambda: reg.penalty(np.array(1.0)), lambda: reg.apply(np.array(1.0), gradients)):
+        with pytest.raises(ValueError, match="activations have no axes, so no batch"):
+            call()
+    assert gradients == 0
+
+
+def test_reductions_of_nothing_and_of_one():
+    for reduction in ("mean", "batch"):
+        reg = ActivityRegularization(0.5, reduction=reduction)
+        assert reg.penalty(np.ones((0, 3))) == 0.0
+        assert reg.penalty(np.ones((1, 1))) == 0.5
+
+
+def test_what_pieces_need_is_asked_for():
+    reg, gradients = ActivityRegularization.l2(0.5, reduction="mean"), np.zeros(3)
+    total = reg.partial_sum(np.ones(3))
+    for count in (None, -1):
+        with pytest.raises(ValueError, match=r"count=.* pass how many elements"):
+            reg.finish(total, count=count)
+        with pytest.raises(ValueError, match=r"count=.* pass how many elements"):
+            reg.add_gradient(np.ones(3), gradients, total, count=count)
+    with pytest.raises(TypeError, match=r"total=None is of type NoneType; pass the sum"):
+        reg.add_gradient(np.ones(3), gradients, count=3)
+    with pytest.raises(ValueError, match=r"total is for float64 penalties, but .* float32"):
+        reg.add_gradient(np.ones(3, "f4"), np.zeros(3, "f4"), total, count=3)
+    assert not gradients.any()
+
+
+def test_the_place_for_a_gradient_is_checked_before_it_is_written():
+    reg, activations = ActivityRegularization(0.5), np.ones(3)
+    for out, error in ((np.ones(2), "shape"), (np.ones(3, "f4"), "dtype"), (activations, "share")):
+        with pytest.raises((TypeError, ValueError), match=rf"^out .*{error}"):
+            reg.penalty_and_gradient(activations, out)
+        assert (out == 1).all()
+    out = np.ones(3, "f4")
+    with pytest.raises(ValueError, match="too large"):
+        ActivityRegularization(1e300).penalty_and_gradient(np.ones(3, "f4"), out)
+    assert (out == 1).all()

@@ -75,12 +75,12 @@ def _pass_kernel(kernel_name: str, term: str, update: str = "") -> cupy.Elementw
     if update:
         use += f" g[j] = T(add(old[b], {update}(value[b], strength)));"
     return cupy.ElementwiseKernel(
-        "raw T x, int64 count, int64 step, float64 lam",
+        "raw T x, int64 count, int64 step, float64 wide_strength",
         "raw int64 digits, raw T g" if update else "raw int64 digits",
         f"""
         using C = typename compute<T>::type;
         C strength;
-        narrow(lam, strength);
+        narrow(wide_strength, strength);
         exact_sum sum;{_walk(use, updates=bool(update))}
         count_block(sum, &digits[0]);
         """,
@@ -122,24 +122,36 @@ _FINISH_L2 = _finish_kernel(
     "C penalty, C divisor",
     "finish_l2(a, &digits[0], lam, epsilon, penalty, divisor)",
 )
-_UPDATE_L2 = cupy.ElementwiseKernel(
-    "raw T x, int64 count, int64 step, float64 lam, raw C divisor",
-    "raw T g",
-    f"""
+
+
+def _update_kernel(kernel_name: str, added: str) -> cupy.ElementwiseKernel:
+    """Return the kernel that adds ``added`` to every gradient, unless the divisor is 0."""
+    return cupy.ElementwiseKernel(
+        "raw T x, int64 count, int64 step, float64 wide_strength, raw C divisor",
+        "raw T g",
+        f"""
         __shared__ C size;  // loaded once a block: a load a thread would weigh as much as x
         if (threadIdx.x == 0) size = divisor[0];
         __syncthreads();
         if (widen(size) == 0.0) return;
         C strength;
-        narrow(lam, strength);{
-        _walk("g[j] = T(add(old[b], divide(multiply(strength, value[b]), size)));", updates=True)
-    }
-    """,
-    "actreg_update_l2",
-    preamble=PREAMBLE,
-    options=_OPTIONS,
-    no_return=True,
-)
+        narrow(wide_strength, strength);{_walk(f"g[j] = T(add(old[b], {added}));", updates=True)}
+        """,
+        kernel_name,
+        preamble=PREAMBLE,
+        options=_OPTIONS,
+        no_return=True,
+    )
+
+
+_UPDATE_L1 = _update_kernel("actreg_update_l1", "signed_strength(value[b], strength)")
+_UPDATE_L2 = _update_kernel("actreg_update_l2", "divide(multiply(strength, value[b]), size)")
+_UPDATE_L2_SQUARED = _update_kernel("actreg_update_l2_squared", "scaled(value[b], strength)")
+_UPDATES = {
+    ActivityNorm.L1: _UPDATE_L1,
+    ActivityNorm.L2: _UPDATE_L2,
+    ActivityNorm.L2_SQUARED: _UPDATE_L2_SQUARED,
+}
 
 
 def _probe() -> str:
@@ -173,7 +185,7 @@ def penalty(activations: cupy.ndarray, norm: ActivityNorm, lam: float) -> cupy.n
     """Return the penalty, a 0-d array on the device of ``activations``."""
     with activations.device:
         results = _results(norm, activations.dtype)
-        digits = _digits(_sum_kernel(norm), lam, activations)
+        digits = _digits(_sum_kernel(norm), 0.0, activations)
         _finish(norm, digits, lam, 0.0, results)
         return results[0]
 
@@ -183,35 +195,45 @@ def apply(
     gradients: cupy.ndarray,
     norm: ActivityNorm,
     lam: float,
+    strength: float,
     epsilon: float,
 ) -> cupy.ndarray:
     """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
-    if activations.device != gradients.device:
-        raise ValueError(
-            f"gradients are on {gradients.device} but activations on {activations.device}; "
-            f"move one of them, no data is moved unasked"
-        )
     with activations.device:
         results = _results(norm, activations.dtype)  # before anything is written
         if norm is ActivityNorm.L2:
-            digits = _digits(_SUM_SQUARES, lam, activations)
+            digits = _digits(_SUM_SQUARES, 0.0, activations)
         else:
             kernel = _APPLY_L1 if norm is ActivityNorm.L1 else _APPLY_L2_SQUARED
-            digits = _digits(kernel, lam, activations, gradients)
+            digits = _digits(kernel, strength, activations, gradients)
         _finish(norm, digits, lam, epsilon, results)
         if norm is ActivityNorm.L2:
-            _launch(_UPDATE_L2, lam, results[1], arrays=(activations, gradients))
+            _launch(_UPDATE_L2, strength, results[1], arrays=(activations, gradients))
         return results[0]
+
+
+def add_gradient(
+    activations: cupy.ndarray,
+    gradients: cupy.ndarray,
+    norm: ActivityNorm,
+    strength: float,
+    divisor: float,
+) -> None:
+    """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
+    divides = norm is ActivityNorm.L2
+    with activations.device:
+        size = cupy.full((), divisor if divides else 1.0, COMPUTE_DTYPES[activations.dtype])
+        _launch(_UPDATES[norm], strength, size, arrays=(activations, gradients))
 
 
 def _sum_kernel(norm: ActivityNorm) -> cupy.ElementwiseKernel:
     return _SUM_ABSOLUTE if norm is ActivityNorm.L1 else _SUM_SQUARES
 
 
-def _digits(kernel: cupy.ElementwiseKernel, lam: float, *arrays: cupy.ndarray) -> cupy.ndarray:
+def _digits(kernel: cupy.ElementwiseKernel, strength: float, *arrays: cupy.ndarray) -> cupy.ndarray:
     """Return the digits of the sum that ``kernel`` takes, and behind them two more counters."""
     digits = cupy.zeros(_PLACES + 2, np.int64)
-    _launch(kernel, lam, digits, arrays=arrays)
+    _launch(kernel, strength, digits, arrays=arrays)
     return digits
 
 

@@ -40,12 +40,12 @@ __device__ inline float divide(float x, float y) {
 }
 
 // What is added to the gradient at x, rounded after every operation.
-template <typename C> __device__ inline C signed_strength(C x, C lam) {
+template <typename C> __device__ inline C signed_strength(C x, C strength) {
     const double wide = widen(x);
-    return multiply(lam, C((wide > 0.0) - (wide < 0.0)));
+    return wide > 0.0 ? strength : wide < 0.0 ? multiply(strength, C(-1)) : C(0);
 }
-template <typename C> __device__ inline C scaled(C x, C lam) {
-    return multiply(multiply(lam, C(2)), x);
+template <typename C> __device__ inline C scaled(C x, C strength) {
+    return multiply(multiply(strength, C(2)), x);
 }
 
 // Digits: an integer of some 4,300 bits in global memory, in units of 2^-2148, the square of the

@@ -57,11 +57,11 @@ from actreg_dispatch.rounding import (
     PartialSum,
     anchored_bound,
     certified,
+    decided,
     degree_of,
     limbs_of,
     merge_pairs,
     results_of,
-    round_to,
     two_sum,
     units_of,
 )
@@ -122,21 +122,33 @@ def apply(
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
     lam: float,
+    strength: float,
     epsilon: float,
 ) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
     if norm is ActivityNorm.L2:  # the divisor is a sum over all elements, hence two passes
         found = _outcome(activations, norm, lam, epsilon)
         if found.has_gradient:
-            _run(None, _add_quotient, activations, gradients, lam, found.divisor)
+            add_gradient(activations, gradients, norm, strength, found.divisor)
     else:
-        found = _outcome(activations, norm, lam, epsilon, _UPDATES[norm], gradients)
+        found = _outcome(activations, norm, lam, epsilon, gradients, strength)
     return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
+
+
+def add_gradient(
+    activations: np.ndarray[Any, Any],
+    gradients: np.ndarray[Any, Any],
+    norm: ActivityNorm,
+    strength: float,
+    divisor: float,
+) -> None:
+    """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
+    _run(None, _UPDATES[norm], activations, gradients, strength, divisor)
 
 
 def express(
     norm: ActivityNorm, dtype: np.dtype[Any], size: int, *, writes: bool
-) -> Callable[[Any, Any, float, float], float] | None:
+) -> Callable[[Any, Any, float, float, float], float] | None:
     """Return the flat kernel for ``size`` elements; see :func:`_flat` for what it takes.
 
     There is none where so many elements are for threads but threads may not be used.
@@ -148,30 +160,33 @@ def express(
     return _kernel(factory, norm, dtype, writes, parallel)  # type: ignore[no-any-return]
 
 
+def quick_sum(
+    activations: np.ndarray[Any, Any],
+    norm: ActivityNorm,
+    gradients: Any = None,
+    strength: float = 0.0,
+) -> tuple[float, float]:
+    """Return the sum as a pair, for :func:`~actreg_dispatch.rounding.decided`.
+
+    The same pass updates the gradients of a norm other than L2, if they are given.
+    """
+    if gradients is None:
+        return _run(norm, _leave, activations, activations, strength)
+    return _run(norm, _UPDATES[norm], activations, gradients, strength)
+
+
 def _outcome(
     x: np.ndarray[Any, Any],
     norm: ActivityNorm,
     lam: float,
     epsilon: float,
-    update: Any = None,
     gradients: Any = None,
+    strength: float = 0.0,
 ) -> Outcome:
-    """Sum, and update the gradients in the same pass, until the outcome is certain."""
-    compute = COMPUTE_DTYPES[x.dtype]
-    anchored = compute == FLOAT64
-    hi, lo = _run(norm, update, x, x if gradients is None else gradients, lam)
-    penalty, divisor, has_gradient, certain = certified(
-        hi,
-        lo,
-        anchored_bound(x.size) if anchored else PLAIN_BOUND,
-        lam,
-        epsilon,
-        norm is ActivityNorm.L2,
-        lambda value: round_to(compute, value),
-    )
-    if certain:
-        return Outcome(float(penalty), float(divisor), has_gradient)
-    return partial_sum(x, norm).outcome(norm, lam, epsilon)
+    """Sum, as quickly as will do, and update the gradients if there are any."""
+    pair = quick_sum(x, norm, gradients, strength)
+    found = decided(*pair, x.size, COMPUTE_DTYPES[x.dtype], norm, lam, epsilon)
+    return found or partial_sum(x, norm).outcome(norm, lam, epsilon)
 
 
 # Numbers as bits.
@@ -308,27 +323,27 @@ def _square(value):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _leave(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
+def _leave(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
     pass
 
 
 @register_jitable
-def _add_signed(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
+def _add_signed(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
     real = type(x)
-    added = math.copysign(real(lam), x) if abs(x) > 0 else real(0.0)
+    added = real(strength) * math.copysign(real(1.0), x) if abs(x) > 0 else real(0.0)
     g[j] = _narrow(g[j], _widen(g[j]) + added)
 
 
 @register_jitable
-def _add_scaled(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
+def _add_scaled(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
     real = type(x)
-    g[j] = _narrow(g[j], _widen(g[j]) + (real(lam) * real(2)) * x)
+    g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * real(2)) * x)
 
 
 @register_jitable
-def _add_quotient(g, j, x, lam, divisor):  # type: ignore[no-untyped-def]
+def _add_quotient(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
     real = type(x)
-    g[j] = _narrow(g[j], _widen(g[j]) + (real(lam) * x) / real(divisor))
+    g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * x) / real(divisor))
 
 
 _MAGNITUDES = {
@@ -336,7 +351,11 @@ _MAGNITUDES = {
     ActivityNorm.L2: _square,
     ActivityNorm.L2_SQUARED: _square,
 }
-_UPDATES = {ActivityNorm.L1: _add_signed, ActivityNorm.L2_SQUARED: _add_scaled}
+_UPDATES = {
+    ActivityNorm.L1: _add_signed,
+    ActivityNorm.L2: _add_quotient,
+    ActivityNorm.L2_SQUARED: _add_scaled,
+}
 
 
 # Rows: update the gradients along one axis and add the magnitudes to the sum (hi, lo).
@@ -349,16 +368,16 @@ def _plus(total, term):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _sum_plain(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore[no-untyped-def]
+def _sum_plain(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
     for j in range(x.size):
         value = _widen(x[j])
         hi = _plus(hi, magnitude(np.float64(value))[0])
-        update(g, j, value, lam, divisor)
+        update(g, j, value, strength, divisor)
     return hi, lo
 
 
 @register_jitable
-def _sum_anchored(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore[no-untyped-def]
+def _sum_anchored(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
     for start in range(0, x.size, ANCHORED_TERMS):
         # Slices indexed from 0 need no check for negative indices, which would not vectorize.
         xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
@@ -373,7 +392,7 @@ def _sum_anchored(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignor
             high = (term + anchor) - anchor
             total = _plus(total, high)
             rest = _plus(rest, (term - high) - excess)
-            update(gs, j, xs[j], lam, divisor)
+            update(gs, j, xs[j], strength, divisor)
         if largest == 0 or 123 <= exponent <= 2036:
             total, rest = two_sum(total, rest)
         else:
@@ -383,9 +402,9 @@ def _sum_anchored(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignor
 
 
 @register_jitable
-def _sum_nothing(x, g, hi, lo, magnitude, update, lam, divisor):  # type: ignore[no-untyped-def]
+def _sum_nothing(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
     for j in range(x.size):
-        update(g, j, _widen(x[j]), lam, divisor)
+        update(g, j, _widen(x[j]), strength, divisor)
     return hi, lo
 
 
@@ -508,9 +527,10 @@ def _summing(norm: ActivityNorm | None, dtype: np.dtype[Any]) -> tuple[Any, Any]
 def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
     """Compile the kernel that does a whole call on contiguous arrays of one axis.
 
-    It takes activations, gradients, λ and epsilon (NaN for the default) and returns the penalty, or
-    ``REFUSED`` or ``UNDECIDED``. Without ``writes`` the gradients are the activations again. The
-    signature is explicit: arrays of another dtype, layout or writability are a TypeError.
+    It takes activations, gradients, λ of the penalty, λ of the gradient, and epsilon (NaN for the
+    default), and returns the penalty, or ``REFUSED`` or ``UNDECIDED``. Without ``writes`` the
+    gradients are the activations again. The signature is explicit: arrays of another dtype, layout
+    or writability are a TypeError.
     """
     sum_row, magnitude = _summing(norm, dtype)
     compute = FLOAT64 if dtype == FLOAT64 else FLOAT32
@@ -521,13 +541,13 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
     divides = root and writes
     edition = _edition()
 
-    def kernel(x, g, lam, epsilon):  # type: ignore[no-untyped-def]
+    def kernel(x, g, lam, strength, epsilon):  # type: ignore[no-untyped-def]
         _ = edition
         size, reach = x.size, x.size * x.itemsize
         apart = abs(_address(x) - _address(g)) >= reach or not writes
         aligned = (_address(x) | _address(g)) % x.itemsize == 0  # which Numba takes for granted
-        strength = np.float64(real(lam))
-        taken = apart and aligned and size == g.size and strength <= largest
+        lam, strength = np.float64(real(lam)), np.float64(real(strength))
+        taken = apart and aligned and size == g.size and lam <= largest
         if not taken or (size >= PARALLEL_FROM) != parallel:
             return REFUSED
         blocks = -(-size // _BLOCK)
@@ -545,9 +565,7 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
                 hi, lo = merge_pairs(hi, lo, total, rest)
         bound = anchored_bound(size) if anchored else PLAIN_BOUND
         floor = default if math.isnan(epsilon) else epsilon
-        penalty, divisor, has_gradient, certain = certified(
-            hi, lo, bound, strength, floor, root, real
-        )
+        penalty, divisor, has_gradient, certain = certified(hi, lo, bound, lam, floor, root, real)
         if not certain:
             return REFUSED if divides else UNDECIDED
         if divides and has_gradient:
@@ -560,13 +578,13 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
     x = types.Array(element, 1, "C", readonly=True)
     g = types.Array(element, 1, "C", readonly=not writes)
     # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
-    signature = types.float64(x, g, types.float64, types.float64)
+    signature = types.float64(x, g, types.float64, types.float64, types.float64)
     compiled = _compiled(kernel, signature, parallel, _nrt=parallel)
     if not parallel:
         return compiled
 
-    def guarded(x, g, lam, epsilon):  # type: ignore[no-untyped-def]
-        return compiled(x, g, lam, epsilon) if may_use_threads() else REFUSED
+    def guarded(x, g, lam, strength, epsilon):  # type: ignore[no-untyped-def]
+        return compiled(x, g, lam, strength, epsilon) if may_use_threads() else REFUSED
 
     return guarded
 
@@ -576,7 +594,7 @@ def _flat_on_bits(*key: Any) -> Any:
     norm, dtype, *rest = key
     bits = _bits_of(dtype)
     kernel = _flat(norm, bits, *rest)
-    return lambda x, g, lam, epsilon: kernel(x.view(bits), g.view(bits), lam, epsilon)
+    return lambda x, g, *options: kernel(x.view(bits), g.view(bits), *options)
 
 
 def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], parallel: bool) -> Any:
@@ -584,7 +602,7 @@ def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], paral
     sum_row, magnitude = _summing(norm, dtype)
     edition = _edition(), parallel  # or one twin would be taken from the cache for the other
 
-    def kernel(x, g, axes, lam, divisor):  # type: ignore[no-untyped-def]
+    def kernel(x, g, axes, strength, divisor):  # type: ignore[no-untyped-def]
         _ = edition
         length = x.size
         dense = x.strides[0] == x.itemsize and g.strides[0] == g.itemsize
@@ -604,10 +622,10 @@ def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], paral
                 g_offset += start * g.strides[0]
                 if dense:
                     xs, gs = _dense_row(x, x_offset, count), _dense_row(g, g_offset, count)
-                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, lam, divisor)
+                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, strength, divisor)
                 else:
                     xs, gs = _strided_row(x, x_offset, count), _strided_row(g, g_offset, count)
-                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, lam, divisor)
+                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, strength, divisor)
             sums[b] = hi, lo
         return _merged(sums)
 
@@ -637,15 +655,15 @@ def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
 
 
 def _run(
-    norm: ActivityNorm | None, update: Any, x: Any, g: Any, lam: float = 0.0, divisor: float = 0.0
+    norm: ActivityNorm | None, update: Any, x: Any, g: Any, strength: float, divisor: float = 0.0
 ) -> tuple[float, float]:
     """Run one pass over all elements and return the sum that ``norm`` takes, a pair."""
     if x.size == 0:
         return 0.0, 0.0
     parallel = x.size >= PARALLEL_FROM and may_use_threads()
     x, g, axes = _rows(x, g)
-    kernel = _kernel(_strided, norm, update or _leave, x.dtype, parallel)
-    return kernel(x, g, axes, lam, divisor)  # type: ignore[no-any-return]
+    kernel = _kernel(_strided, norm, update, x.dtype, parallel)
+    return kernel(x, g, axes, strength, divisor)  # type: ignore[no-any-return]
 
 
 def _rows(x: Any, g: Any) -> tuple[Any, Any, np.ndarray[Any, np.dtype[np.int64]]]:

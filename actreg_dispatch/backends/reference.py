@@ -39,20 +39,31 @@ def apply(
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
     lam: float,
+    strength: float,
     epsilon: float,
 ) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
-    compute = COMPUTE_DTYPES[activations.dtype]
     found = exact_sum(activations, norm).outcome(norm, lam, epsilon)
-    strength = compute.type(lam)
+    if found.has_gradient:
+        add_gradient(activations, gradients, norm, strength, found.divisor)
+    return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
+
+
+def add_gradient(
+    activations: np.ndarray[Any, Any],
+    gradients: np.ndarray[Any, Any],
+    norm: ActivityNorm,
+    strength: float,
+    divisor: float,
+) -> None:
+    """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
+    real = COMPUTE_DTYPES[activations.dtype].type
     with np.errstate(all="ignore"):  # NaN, infinity and overflow propagate without a word
-        x: Any = activations.astype(compute)
+        x: Any = activations.astype(real)
         if norm is ActivityNorm.L1:
-            added = strength * ((x > 0).astype(compute) - (x < 0).astype(compute))
+            added = np.where(np.abs(x) > 0, real(strength) * np.copysign(real(1.0), x), real(0.0))
         elif norm is ActivityNorm.L2_SQUARED:
-            added = (strength * compute.type(2.0)) * x
+            added = (real(strength) * real(2.0)) * x
         else:
-            added = (strength * x) / compute.type(found.divisor)
-        if found.has_gradient:
-            gradients[...] = gradients.astype(compute) + added
-    return compute.type(found.penalty)
+            added = (real(strength) * x) / real(divisor)
+        gradients[...] = gradients.astype(real) + added
