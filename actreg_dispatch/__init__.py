@@ -25,7 +25,7 @@ from actreg_dispatch.registry import (
     use_backend,
 )
 from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.rounding import PartialSum
+from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.warmup import warmup
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "BackendError",
     "BackendUnavailableError",
     "MixedArraysError",
+    "PairedSum",
     "PartialSum",
     "UnknownBackendError",
     "available_backends",

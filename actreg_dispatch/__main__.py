@@ -99,7 +99,9 @@ def _add_bench(commands: Any) -> None:
         "of float16, bfloat16, float32, float64 (default: float32 float64)",
         choices=("float16", "bfloat16", "float32", "float64"),
     )
-    several("--norms", list(ActivityNorm), "of l1, l2, l2_squared (default: all)", type=_norm)
+    norms = [ActivityNorm.L1, ActivityNorm.L2, ActivityNorm.L2_SQUARED]
+    explanation = "of l1, l2, l2_squared (default: all)"
+    several("--norms", norms, explanation, type=_norm, choices=norms)
     operations = ["apply", "penalty"]
     several("--operations", operations, "apply or penalty (default: both)", choices=operations)
     bench.add_argument(

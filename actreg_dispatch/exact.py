@@ -29,7 +29,7 @@ def exact_result(
     activations: np.ndarray[Any, Any],
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
-    lam: float,
+    lam: Any,
     epsilon: float | None = None,
     scale: float = 1.0,
 ) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
@@ -41,28 +41,39 @@ def exact_result(
     compute = compute_dtype(activations.dtype)
     assert compute is not None
     real = compute.type
-    total = rounded(exact_sum(activations, norm), 53)
-    with np.errstate(all="ignore"):
-        strength = real(lam * scale)
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        pair = lam if isinstance(lam, tuple) else (lam, lam)
+        terms = [(ActivityNorm.L1, pair[0]), (ActivityNorm.L2_SQUARED, pair[1])]
+    else:
+        terms = [(norm, lam)]
     limit = Fraction(float(np.finfo(compute).eps) if epsilon is None else epsilon)
-    root = binary64(root_of(total)) if norm is ActivityNorm.L2 else 0.0
-    size = float(real(lam)) * root
-    if norm is not ActivityNorm.L2:
-        size = binary64(Fraction(float(real(lam))) * total)
-
-    def gradient(x: Any) -> Any:
-        if norm is ActivityNorm.L1:
-            return strength if x > 0 else -strength if x < 0 else real(0.0)
-        if norm is ActivityNorm.L2_SQUARED:
-            return (strength * real(2.0)) * x
-        return (strength * x) / real(root)
-
-    updated = gradients.copy()
+    size, strengths, root = 0.0, [], 0.0
     with np.errstate(all="ignore"):
-        if norm is not ActivityNorm.L2 or total > limit:
-            for index, x in np.ndenumerate(activations):
-                updated[index] = real(updated[index]) + gradient(real(x))
+        for term, factor in terms:
+            total = rounded(exact_sum(activations, term), 53)
+            if term is ActivityNorm.L2:
+                root = binary64(root_of(total))
+                size += float(real(factor)) * root
+                if total <= limit:
+                    return real(size), gradients.copy()
+            else:
+                size += binary64(Fraction(float(real(factor))) * total)
+            strengths.append((term, real(factor * scale)))
+        updated = gradients.copy()
+        for index, value in np.ndenumerate(activations):
+            x = real(value)
+            first, *rest = (_gradient(term, x, s, real(root)) for term, s in strengths)
+            updated[index] = real(updated[index]) + sum(rest, first)
         return real(size), updated
+
+
+def _gradient(norm: ActivityNorm, x: Any, strength: Any, root: Any) -> Any:
+    real = type(x)
+    if norm is ActivityNorm.L1:
+        return strength if x > 0 else -strength if x < 0 else real(0.0)
+    if norm is ActivityNorm.L2_SQUARED:
+        return (strength * real(2.0)) * x
+    return (strength * x) / root
 
 
 def rounded(value: Fraction, bits: int) -> Fraction:

@@ -24,7 +24,7 @@ import numpy as np
 
 from actreg_dispatch.errors import BackendUnavailableError, UnknownBackendError
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import PartialSum
+from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.threads import lock_over_fork
 
 __all__ = [
@@ -76,6 +76,7 @@ class Backend(Protocol):
     reference. ``gradients`` is a writable one of the same shape and dtype that shares no memory
     with it, on the same device. ``lam``, λ of the penalty, and ``strength``, λ of the gradient, are
     floats that the compute dtype T holds exactly; ``strength`` may be negative, infinite or NaN.
+    For ``L1_L2_SQUARED`` either is a tuple of two.
 
     A backend for NumPy arrays may also have a function ``express(norm, dtype, size, *, writes)``,
     which makes calls on small arrays cheap. It returns None, or a function that does a whole call
@@ -101,10 +102,13 @@ class Backend(Protocol):
     def is_available(self) -> bool:
         """Whether the backend can run here. Never raises, never slow twice."""
 
-    def partial_sum(self, activations: Any, norm: ActivityNorm) -> PartialSum:
-        """Return Σ|x| for ``L1``, Σx² for the others, exactly, on the host."""
+    def partial_sum(self, activations: Any, norm: ActivityNorm) -> PartialSum | PairedSum:
+        """Return Σ|x| for ``L1``, Σx² for ``L2`` and ``L2_SQUARED``, exactly, on the host.
 
-    def penalty(self, activations: Any, norm: ActivityNorm, lam: float) -> Any:
+        For ``L1_L2_SQUARED``, return both.
+        """
+
+    def penalty(self, activations: Any, norm: ActivityNorm, lam: Any) -> Any:
         """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
 
     def apply(
@@ -112,8 +116,8 @@ class Backend(Protocol):
         activations: Any,
         gradients: Any,
         norm: ActivityNorm,
-        lam: float,
-        strength: float,
+        lam: Any,
+        strength: Any,
         epsilon: float,
     ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty.
@@ -126,7 +130,7 @@ class Backend(Protocol):
         activations: Any,
         gradients: Any,
         norm: ActivityNorm,
-        strength: float,
+        strength: Any,
         divisor: float,
     ) -> None:
         """Add the gradient to ``gradients`` in place; ``divisor`` is the ‖x‖ of L2, in T."""

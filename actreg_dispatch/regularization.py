@@ -27,6 +27,7 @@ from actreg_dispatch.rounding import (
     COMPUTE_DTYPES,
     REFUSED,
     UNDECIDED,
+    PairedSum,
     PartialSum,
     compute_dtype,
     degree_of,
@@ -42,6 +43,9 @@ from actreg_dispatch.validation import (
 
 __all__ = ["ActivityRegularization"]
 
+Strength = float | tuple[float, float]
+Total = PartialSum | PairedSum
+
 _NDARRAY = np.ndarray
 _NO_LAST: tuple[Any, ...] = (None,) * 5
 _NO_PLAN: tuple[Any, dict[Any, Any]] = None, {}
@@ -56,21 +60,24 @@ _FLOATS_ARE_WEAK = (np.float32(0) + 0.0).dtype == np.float32
 class ActivityRegularization:
     r"""A penalty on the size of a layer's activations.
 
-    =================== ============= ============================================
-    norm                penalty P(x)  gradient added by :meth:`apply`
-    =================== ============= ============================================
-    ``"l1"``            λ·Σ|xᵢ|       +λ where xᵢ > 0, −λ where xᵢ < 0, else 0
-    ``"l2"``            λ·√(Σxᵢ²)     (λ·xᵢ)/‖x‖, nothing where Σxᵢ² ≤ ``epsilon``
-    ``"l2_squared"``    λ·Σxᵢ²        (λ·2)·xᵢ
-    =================== ============= ============================================
+    =================== ================== ============================================
+    norm                penalty P(x)       gradient added by :meth:`apply`
+    =================== ================== ============================================
+    ``"l1"``            λ·Σ|xᵢ|            +λ where xᵢ > 0, −λ where xᵢ < 0, else 0
+    ``"l2"``            λ·√(Σxᵢ²)          (λ·xᵢ)/‖x‖, nothing where Σxᵢ² ≤ ``epsilon``
+    ``"l2_squared"``    λ·Σxᵢ²             (λ·2)·xᵢ
+    ``"l1_l2_squared"`` λ₁·Σ|xᵢ| + λ₂·Σxᵢ² that of ``"l1"`` plus that of ``"l2_squared"``
+    =================== ================== ============================================
 
-    ``"l2"`` is the norm itself: Keras' "L2" is ``"l2_squared"``, and neither has weight decay's ½.
+    ``"l2"`` is the norm itself: Keras' "L2" is ``"l2_squared"``, its "L1L2" ``"l1_l2_squared"``,
+    and none has weight decay's ½.
 
     Parameters
     ----------
-    lam : float
-        The strength λ, a finite real number >= 0; a NumPy scalar or 0-d array will do. Assignable
-        between calls, for a warm-up, and checked each time.
+    lam : float or tuple of two floats
+        The strength λ, a finite real number >= 0; a NumPy scalar or 0-d array will do. For
+        ``"l1_l2_squared"`` both, λ₁ and λ₂, or one number for both. Assignable between calls, for a
+        warm-up, and checked each time.
     norm : str or ActivityNorm, default "l1"
         Which norm.
     epsilon : float, optional
@@ -123,19 +130,19 @@ class ActivityRegularization:
 
     def __init__(
         self,
-        lam: float,
+        lam: Strength,
         norm: str | ActivityNorm = "l1",
         *,
         epsilon: float | None = None,
         reduction: str = "sum",
         backend: str | None = None,
     ) -> None:
-        self.lam = lam
         try:
             self._norm = ActivityNorm(norm)
         except ValueError:
             known = ", ".join(repr(member.value) for member in ActivityNorm)
             raise ValueError(f"norm={norm!r} is unknown; use one of: {known}") from None
+        self.lam = lam
         if epsilon is not None:
             if self._norm is not ActivityNorm.L2:
                 raise ValueError(
@@ -178,14 +185,36 @@ class ActivityRegularization:
         """Return the squared L2 regularization, Keras' "L2": P(x) = λ·Σxᵢ², gradient (λ·2)·xᵢ."""
         return cls(lam, ActivityNorm.L2_SQUARED, reduction=reduction, backend=backend)
 
+    @classmethod
+    def l1_l2(
+        cls,
+        l1: float = 0.0,
+        l2_squared: float = 0.0,
+        *,
+        reduction: str = "sum",
+        backend: str | None = None,
+    ) -> ActivityRegularization:
+        """Return both in one pass, as ``keras.layers.ActivityRegularization(l1, l2)`` adds them.
+
+        P(x) = l1·Σ|xᵢ| + l2_squared·Σxᵢ², gradient l1·sign(xᵢ) + (l2_squared·2)·xᵢ.
+        """
+        lam = check_number("l1", l1), check_number("l2_squared", l2_squared)
+        return cls(lam, ActivityNorm.L1_L2_SQUARED, reduction=reduction, backend=backend)
+
     @property
-    def lam(self) -> float:
-        """The strength λ, a Python float; assigning checks it."""
+    def lam(self) -> Any:
+        """The strength λ, a Python float, or two of them; assigning checks it."""
         return self._lam
 
     @lam.setter
-    def lam(self, value: float) -> None:
-        self._lam = check_number("lam", value)
+    def lam(self, value: Strength) -> None:
+        if self._norm is not ActivityNorm.L1_L2_SQUARED:
+            self._lam: Any = check_number("lam", value)
+            return
+        pair = value if isinstance(value, (tuple, list)) else (value, value)
+        if len(pair) != 2:
+            raise ValueError(f"lam={value!r} are not two numbers; pass (l1, l2_squared)")
+        self._lam = check_number("lam[0]", pair[0]), check_number("lam[1]", pair[1])
 
     @property
     def norm(self) -> ActivityNorm:
@@ -253,8 +282,8 @@ class ActivityRegularization:
         result = backend.penalty(move(activations, kind, target), self._norm, lam)
         return _returned(result, target, activations, kind)
 
-    def partial_sum(self, activations: Any) -> PartialSum:
-        """Return Σ|xᵢ| for ``"l1"``, Σxᵢ² for the others, over a piece of the activations, exactly.
+    def partial_sum(self, activations: Any) -> Total:
+        """Return the sum over a piece of the activations, exactly: Σ|xᵢ| for ``"l1"``, else Σxᵢ².
 
         What comes in pieces, from a file, from several devices or processes, has the penalty of
         the whole: add up the partial sums of the pieces, in any order, and :meth:`finish`.
@@ -266,8 +295,8 @@ class ActivityRegularization:
 
         Returns
         -------
-        PartialSum
-            A number of unlimited precision; λ is not part of it.
+        PartialSum or PairedSum
+            A number of unlimited precision, or both for ``"l1_l2_squared"``; λ is not part of it.
 
         Raises
         ------
@@ -294,12 +323,12 @@ class ActivityRegularization:
             activations = move(activations, kind, target)
         return backend.partial_sum(activations, self._norm)
 
-    def finish(self, total: PartialSum, *, count: int | None = None) -> Any:
+    def finish(self, total: Total, *, count: int | None = None) -> Any:
         """Return the penalty of activations whose sum is ``total``: λ·S, or λ·√S for ``"l2"``.
 
         Parameters
         ----------
-        total : PartialSum
+        total : PartialSum or PairedSum
             The sum of what :meth:`partial_sum` returned for all pieces.
         count : int, optional
             How many elements (``reduction="mean"``) or samples (``"batch"``) all pieces together
@@ -313,7 +342,7 @@ class ActivityRegularization:
         Raises
         ------
         TypeError
-            If ``total`` is no :class:`PartialSum`.
+            If ``total`` is no such sum.
         ValueError
             If it sums |x| where the norm takes x² or the other way round, ``lam`` is too large
             for its dtype, or ``count`` is missing or < 0.
@@ -326,7 +355,7 @@ class ActivityRegularization:
         self,
         activations: Any,
         gradients: Any,
-        total: PartialSum | None = None,
+        total: Total | None = None,
         *,
         count: int | None = None,
         scale: float = 1.0,
@@ -549,10 +578,8 @@ class ActivityRegularization:
         if plan[0] != asked:  # tuples that are replaced as a whole, so threads may race
             plan = self._plan = asked, {}
         lam = strength = self._lam
-        if self._reduction != "sum":
-            lam = strength = lam / self._count(activations)
-        if scale is not _UNSCALED:
-            strength = lam * _checked_scale(scale)
+        if self._reduction != "sum" or scale is not _UNSCALED:
+            lam, strength = self._strengths(self._count(activations), scale)
         functions = plan[1].get((dtype, writes), ())
         try:
             for function in functions:
@@ -621,14 +648,16 @@ class ActivityRegularization:
 
     def _check_total(self, total: Any, dtype: np.dtype[Any] | None = None) -> None:
         """Refuse what is no sum for this norm, and for activations of the compute dtype if any."""
-        if not isinstance(total, PartialSum):
+        if not isinstance(total, (PartialSum, PairedSum)):
             raise TypeError(
                 f"total={total!r} is of type {type(total).__name__}; pass the sum of what "
                 f"partial_sum returned for each piece"
             )
-        if total.degree != degree_of(self._norm):
+        both = self._norm is ActivityNorm.L1_L2_SQUARED
+        fits = isinstance(total, PairedSum) is both
+        if not fits or (isinstance(total, PartialSum) and total.degree != degree_of(self._norm)):
             raise ValueError(
-                f"total sums |x|**{total.degree}, which norm {self._norm.value!r} does not take; "
+                f"total={total!r} is not what norm {self._norm.value!r} takes; "
                 f"pass partial sums of the same regularization"
             )
         if dtype not in (None, total.dtype):
@@ -639,20 +668,31 @@ class ActivityRegularization:
 
     def _constants(
         self, dtype: np.dtype[Any], count: int, scale: float = _UNSCALED
-    ) -> tuple[float, float, float]:
+    ) -> tuple[Any, Any, float]:
         """Return λ of the penalty and of the gradient in T, and ``epsilon``, its default filled in.
 
         Both are divided by ``count``; the gradient's is multiplied by ``scale``.
         """
         compute = COMPUTE_DTYPES[dtype]
         largest, default = _limits(compute)
-        wide = self._lam / count
-        lam = strength = float(round_to(compute, wide))
-        if lam > largest / (2 if self._norm is ActivityNorm.L2_SQUARED else 1):
+        if self._norm in (ActivityNorm.L2_SQUARED, ActivityNorm.L1_L2_SQUARED):
+            largest /= 2
+        wide, wide_strength = self._strengths(count, scale)
+        lam = _rounded(wide, compute)
+        if (max(lam) if isinstance(lam, tuple) else lam) > largest:
             raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
-        if scale is not _UNSCALED:
-            strength = float(round_to(compute, wide * _checked_scale(scale)))
+        strength = lam if scale is _UNSCALED else _rounded(wide_strength, compute)
         return lam, strength, default if self._epsilon is None else self._epsilon
+
+    def _strengths(self, count: int, scale: float) -> tuple[Any, Any]:
+        """Return λ of the penalty and of the gradient before they are rounded to T."""
+        lam = self._lam
+        if scale is not _UNSCALED:
+            scale = check_real("scale", scale, "pass a real number, such as the loss scale")
+        if isinstance(lam, tuple):
+            lam = lam[0] / count, lam[1] / count
+            return lam, (lam[0] * scale, lam[1] * scale)
+        return lam / count, lam / count * scale
 
     def _options(self) -> tuple[Any, ...]:
         return self._lam, self._norm, self._epsilon, self._reduction, self._backend
@@ -678,8 +718,11 @@ class ActivityRegularization:
         return f"{type(self).__name__}({self._lam!r}, {self._norm.value!r}{options})"
 
 
-def _checked_scale(scale: Any) -> float:
-    return check_real("scale", scale, "pass a real number, such as the loss scale")
+def _rounded(lam: Any, dtype: np.dtype[Any]) -> Any:
+    """Return λ, or both, rounded to the compute dtype."""
+    if isinstance(lam, tuple):
+        return _rounded(lam[0], dtype), _rounded(lam[1], dtype)
+    return float(round_to(dtype, lam))
 
 
 @lru_cache

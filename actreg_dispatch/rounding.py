@@ -2,7 +2,8 @@
 
 Let S be Σ|x| or Σx² over the reals. The penalty is ``RN_T(λ · RN64(S))``, or ``RN_T(λ · √RN64(S))``
 for L2, and L2's gradient divides by ``RN_T(√RN64(S))`` where ``RN64(S)`` is above ``epsilon``: all
-of it is a function of ``RN64(S)``, S rounded to 53 bits with unbounded exponent. A backend sums
+of it is a function of ``RN64(S)``, S rounded to 53 bits with unbounded exponent. ``L1_L2_SQUARED``
+has two sums, and its penalty is ``RN_T(RN64(λ₁ · RN64(S₁)) + RN64(λ₂ · RN64(S₂)))``. A backend sums
 fast, in any order; here it is decided whether that was accurate enough, and if not, the sum is
 done again in integers. This is Ziv's rounding test [3]_, applied to sums.
 
@@ -38,9 +39,9 @@ is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done aga
 
 Which of several NaN survives, its sign and its payload, is left open, as IEEE 754 leaves it.
 
-:func:`two_sum`, :func:`merge_pairs`, :func:`results_of` and :func:`certified` are plain Python on
-plain numbers. The Numba backend compiles these same functions, so the arithmetic is written down
-once.
+:func:`two_sum`, :func:`merge_pairs`, :func:`results_of`, :func:`certified` and
+:func:`certified_both` are plain Python on plain numbers. The Numba backend compiles these same
+functions, so the arithmetic is written down once.
 
 References
 ----------
@@ -79,15 +80,18 @@ __all__ = [
     "REFUSED",
     "UNDECIDED",
     "Outcome",
+    "PairedSum",
     "PartialSum",
     "anchored_bound",
     "certified",
+    "certified_both",
     "compute_dtype",
     "decided",
     "degree_of",
     "exact_sum",
     "limbs_of",
     "merge_pairs",
+    "merge_totals",
     "results_of",
     "round_to",
     "two_sum",
@@ -197,6 +201,28 @@ def certified(
     return penalty, divisor, gradient, certain and math.isfinite(hi)
 
 
+def certified_both(
+    totals: tuple[float, ...],
+    bound: float,
+    lam: tuple[float, float],
+    real: Callable[[float], Any],
+) -> tuple[Any, bool]:
+    """Return the penalty ``λ₁·Σ|x| + λ₂·Σx²``, and whether it is certain.
+
+    ``totals`` are hi and lo of both sums, which are as for :func:`certified`. The penalty increases
+    with either, so both are put at their lower ends, then at their upper ends.
+    """
+    first, second = totals[0], totals[2]
+    first_margin, second_margin = 2.0 * bound * first, 2.0 * bound * second
+    first_below = first + (totals[1] - first_margin)
+    second_below = second + (totals[3] - second_margin)
+    first_above = first + (totals[1] + first_margin)
+    second_above = second + (totals[3] + second_margin)
+    penalty = real(lam[0] * first_below + lam[1] * second_below)
+    certain = penalty == real(lam[0] * first_above + lam[1] * second_above)
+    return penalty, certain and math.isfinite(first) and math.isfinite(second)
+
+
 REFUSED = -1.0
 """In place of a penalty: nothing has been done."""
 UNDECIDED = -2.0
@@ -221,28 +247,38 @@ def round_to(dtype: np.dtype[Any], value: float) -> np.floating[Any]:
 
 
 def decided(
-    hi: float,
-    lo: float,
+    total: tuple[float, ...],
     size: int,
     dtype: np.dtype[Any],
     norm: ActivityNorm,
-    lam: float,
+    lam: Any,
     epsilon: float,
 ) -> Outcome | None:
     """Return what a quick sum of ``size`` terms leads to, or None if that takes the exact one.
 
-    The terms are those of the tiles above, merged in any order; ``dtype`` is T.
+    The terms are those of the tiles above, merged in any order; ``dtype`` is T. ``total`` is a
+    pair, or two for ``L1_L2_SQUARED``.
     """
+    bound = anchored_bound(size) if dtype == FLOAT64 else PLAIN_BOUND
+
+    def real(value: float) -> np.floating[Any]:
+        return round_to(dtype, value)
+
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        penalty, certain = certified_both(total, bound, lam, real)
+        return Outcome(float(penalty), 0.0, True) if certain else None
     penalty, divisor, has_gradient, certain = certified(
-        hi,
-        lo,
-        anchored_bound(size) if dtype == FLOAT64 else PLAIN_BOUND,
-        lam,
-        epsilon,
-        norm is ActivityNorm.L2,
-        lambda value: round_to(dtype, value),
+        total[0], total[1], bound, lam, epsilon, norm is ActivityNorm.L2, real
     )
     return Outcome(float(penalty), float(divisor), has_gradient) if certain else None
+
+
+def merge_totals(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the quick sum of two pieces, pair by pair, by :func:`merge_pairs`."""
+    merged: tuple[float, ...] = ()
+    for k in range(0, len(a), 2):
+        merged += merge_pairs(a[k], a[k + 1], b[k], b[k + 1])
+    return merged
 
 
 # Exactly, in integers.
@@ -325,17 +361,22 @@ class PartialSum:
         scale = Fraction(2) ** exponent
         return Fraction(float(value / scale)) * scale
 
-    def outcome(self, norm: ActivityNorm, lam: float, epsilon: float) -> Outcome:
+    def outcome(self, norm: ActivityNorm, lam: Any, epsilon: float) -> Outcome:
         """Return what the sum leads to; ``lam`` is a value of T."""
         total, root = self.rounded(), norm is ActivityNorm.L2
         if isinstance(total, Fraction):
             size = _root(total) if root else 0.0
-            penalty = lam * size if root else _binary64(Fraction(lam) * total)
+            penalty = lam * size if root else self.times(lam)
             results = self._real(penalty), self._real(size), not (root and total <= epsilon)
         else:
             results = results_of(total, lam, epsilon, root, self._real)
         penalty, divisor, has_gradient = results
         return Outcome(float(penalty), float(divisor), has_gradient)
+
+    def times(self, lam: float) -> float:
+        """Return λ times the rounded sum, rounded to binary64."""
+        total = self.rounded()
+        return _binary64(Fraction(lam) * total) if isinstance(total, Fraction) else lam * total
 
     def _real(self, value: float) -> Any:
         return round_to(self.dtype, value)
@@ -344,8 +385,55 @@ class PartialSum:
         return Fraction(self.units, 1 << 1074 * self.degree)
 
 
+@dataclass(frozen=True)
+class PairedSum:
+    """The exact sums of |x| and of x² over a piece of the activations.
+
+    What :class:`PartialSum` is for the other norms, this is for ``L1_L2_SQUARED``: it adds up with
+    ``+`` or :func:`sum`, without rounding.
+
+    Attributes
+    ----------
+    absolute, squares : PartialSum
+        The sums, of degree 1 and 2.
+    """
+
+    absolute: PartialSum
+    squares: PartialSum
+
+    @classmethod
+    def of(
+        cls, activations: Any, partial_sum: Callable[[Any, ActivityNorm], PartialSum | PairedSum]
+    ) -> PairedSum:
+        """Return the two sums that ``partial_sum`` finds."""
+        absolute = partial_sum(activations, ActivityNorm.L1)
+        squares = partial_sum(activations, ActivityNorm.L2_SQUARED)
+        assert isinstance(absolute, PartialSum)
+        assert isinstance(squares, PartialSum)
+        return cls(absolute, squares)
+
+    def __add__(self, other: PairedSum) -> PairedSum:
+        """Return the sums over both pieces."""
+        if not isinstance(other, PairedSum):
+            return NotImplemented
+        return PairedSum(self.absolute + other.absolute, self.squares + other.squares)
+
+    def __radd__(self, other: object) -> PairedSum:
+        return self if other == 0 else NotImplemented
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The compute dtype T of the activations."""
+        return self.absolute.dtype
+
+    def outcome(self, norm: ActivityNorm, lam: Any, epsilon: float) -> Outcome:
+        """Return what the sums lead to; ``lam`` is a pair of values of T."""
+        penalty = self.absolute.times(lam[0]) + self.squares.times(lam[1])
+        return Outcome(float(round_to(self.dtype, penalty)), 0.0, True)
+
+
 def degree_of(norm: ActivityNorm) -> int:
-    """Return the power of |x| that is summed for ``norm``."""
+    """Return the power of |x| that is summed for ``norm``, one of the first three."""
     return 1 if norm is ActivityNorm.L1 else 2
 
 
@@ -365,13 +453,17 @@ def units_of(bins: np.ndarray[Any, Any], degree: int) -> int:
     )
 
 
-def exact_sum(array: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum:
-    """Return Σ|x| for ``L1``, Σx² for the others, of ``array``, of any supported dtype and strides.
+def exact_sum(array: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum | PairedSum:
+    """Return Σ|x| for ``L1``, Σx² for ``L2`` and ``L2_SQUARED``, both for ``L1_L2_SQUARED``.
+
+    The array may be of any supported dtype and strides.
 
     A binary64 magnitude is ``m * 2**(shift - 1074)`` with ``m < 2**53`` and ``0 <= shift < 2046``.
     The significands, or their squares, are cut into limbs, and the limbs of one shift are summed:
     a sum of 2¹⁶ numbers below 2²⁸ is exact in binary64, in any order.
     """
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        return PairedSum.of(array, exact_sum)
     chunk_size = 1 << 16
     degree, compute = degree_of(norm), COMPUTE_DTYPES[array.dtype]
     bins = np.zeros((2046, limbs_of(degree)), np.int64)

@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from actreg_dispatch import ActivityNorm
+from actreg_dispatch import ActivityNorm, PairedSum
 from actreg_dispatch.exact import exact_result, exact_sum
 
 DTYPES = (np.float32, np.float64)
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
+one_sum = pytest.mark.parametrize(
+    "norm", [ActivityNorm.L1, ActivityNorm.L2, ActivityNorm.L2_SQUARED], ids=lambda norm: norm.value
+)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
@@ -101,6 +104,7 @@ def test_a_scale_that_is_not_finite_propagates(arrays, norm, scale):
             ActivityNorm.L1: np.float32([0.0, 0.0, scale, -scale]),
             ActivityNorm.L2: np.float32(scale) * values,
             ActivityNorm.L2_SQUARED: np.float32(scale) * values,
+            ActivityNorm.L1_L2_SQUARED: np.float32(scale) * values,
         }[norm]
     reg = arrays.regularization(0.5, norm)
     penalty, found = arrays.updated(reg, values, np.ones(4, np.float32), scale=scale)
@@ -228,6 +232,8 @@ def test_infinity_and_nan_propagate(backend, norm, dtype, size):
                 ActivityNorm.L1: 0.5 * ((activations > 0).astype(dtype) - (activations < 0)),
                 ActivityNorm.L2: 0.5 * activations / dtype(expected),
                 ActivityNorm.L2_SQUARED: activations,
+                ActivityNorm.L1_L2_SQUARED: activations
+                + 0.5 * ((activations > 0).astype(dtype) - (activations < 0)),
             }[norm]
         assert_array_equal(backend.host(gradients), added)
 
@@ -261,7 +267,10 @@ def test_the_sum_of_any_pieces_leads_to_the_penalty_of_the_whole(backend, norm, 
     whole = reg.partial_sum(backend.array(values))
     assert sum(pieces) == sum(reversed(pieces)) == whole
     assert whole.dtype == dtype
-    assert Fraction(whole.units, 2 ** (1074 * whole.degree)) == exact_sum(values, norm)
+    both = (whole.absolute, whole.squares) if isinstance(whole, PairedSum) else (whole,)
+    for total in both:
+        power = ActivityNorm.L1 if total.degree == 1 else ActivityNorm.L2
+        assert Fraction(total.units, 2 ** (1074 * total.degree)) == exact_sum(values, power)
     penalty = reg.finish(whole)
     assert type(penalty) is dtype
     assert penalty == backend.host(reg.penalty(backend.array(values)))
@@ -311,7 +320,7 @@ def test_out_is_overwritten_wherever_it_lies(backend, norm):
     assert_array_equal(backend.host(activations), values)
 
 
-@norms
+@one_sum
 def test_partial_sums_of_strided_subnormal_and_empty_pieces(backend, norm):
     values = np.array([[5e-324, 1e-310, -2.5], [3.0, 1e300, 0.0], [-0.0, 7.0, 1.0]])
     reg = backend.regularization(0.1, norm)
@@ -323,7 +332,7 @@ def test_partial_sums_of_strided_subnormal_and_empty_pieces(backend, norm):
         assert Fraction(found.units, 2 ** (1074 * found.degree)) == exact
 
 
-@norms
+@one_sum
 def test_the_partial_sum_of_what_is_not_finite(backend, norm):
     reg = backend.regularization(0.1, norm)
 
@@ -357,7 +366,7 @@ def test_apply_adds_and_leaves_activations_alone(backend, norm, values):
     assert_array_equal(backend.host(twice), 2 * backend.host(once))
 
 
-@norms
+@one_sum
 @given(values=arrays, exponent=st.integers(-20, 20), sign=st.sampled_from([-1.0, 1.0]))
 def test_the_penalty_is_absolutely_homogeneous(backend, norm, values, exponent, sign):
     degree = 2 if norm is ActivityNorm.L2_SQUARED else 1

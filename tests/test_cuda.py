@@ -79,8 +79,9 @@ def test_memory_is_passed_once_and_the_host_never_waits(profile, operation, norm
     moved = sum(event["loaded"] + event["stored"] for event in events)
     accesses = {"penalty": 1, "apply": 3}[operation] + twice
     itemsize = 8 if dtype == "float64" else 4 if dtype == "float32" else 2
-    assert accesses <= moved / (SIZE * itemsize) <= 1.02 * accesses
-    assert sum(event["atomic"] for event in events) <= 0.01 * moved
+    sums = 1 + (norm is ActivityNorm.L1_L2_SQUARED)
+    assert accesses <= moved / (SIZE * itemsize) <= (1.01 + 0.01 * sums) * accesses
+    assert sum(event["atomic"] for event in events) <= 0.01 * sums * moved
     if layout == "contiguous":
         assert moved / (32 * sum(event["sectors"] for event in events)) >= 0.98
 
@@ -118,11 +119,11 @@ def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation)
     array = types.SimpleNamespace(
         device=elsewhere, dtype=here.dtype, itemsize=4, strides=(4,), data=here.data, size=3
     )
-    for name in ("_launch", "_FINISH", "_FINISH_L2"):
+    for name in ("_launch", "_FINISH", "_FINISH_BOTH", "_FINISH_L2"):
         monkeypatch.setattr(cupy_cuda, name, lambda *_, **__: seen.append(elsewhere.is_current))
     options = {
-        "apply": (array, norm, 0.5, 0.5, 0.0),
-        "penalty": (norm, 0.5),
+        "apply": (array, norm, (0.5, 0.5), 0.5, 0.0),
+        "penalty": (norm, (0.5, 0.5)),
         "partial_sum": (norm,),
         "add_gradient": (array, norm, 0.5, 1.0),
     }
@@ -207,7 +208,7 @@ def test_indices_have_64_bits(cupy, kernel):
     extra = (cupy.asarray(2.0, np.float32),) if kernel == "_UPDATE_L2" else (digits,)
     extra += () if kernel == "_SUM_SQUARES" else (g,)
     launch = getattr(cupy_cuda, kernel)
-    launch(x, 3 * far, far, 0.5, *extra, size=threads, block_size=threads)
+    launch(x, 3 * far, far, 0.5, 0.0, *extra, size=threads, block_size=threads)
     lam = np.float32(0.5)
     expected = {
         "_SUM_SQUARES": 0 * values,
@@ -292,7 +293,7 @@ def test_a_byte_order_that_a_gpu_does_not_know_is_refused(cupy):
 @norms
 def test_a_device_out_of_memory_leaves_the_gradients_alone(cupy, norm):
     x, g = cupy.ones(100, np.float32), cupy.zeros(100, np.float32)
-    for limit in (512, 1024, 1536, 2048, 2560):
+    for limit in range(512, 5120, 512):
         pool = cupy.cuda.MemoryPool()
         pool.set_limit(size=limit)
         with cupy.cuda.using_allocator(pool.malloc):

@@ -30,7 +30,7 @@ KERNELS = [
 ]
 
 
-SCALARS = {"lam", "wide_strength", "count", "step", "epsilon"}
+SCALARS = {"lam", "second_lam", "wide_strength", "wide_second_strength", "count", "step", "epsilon"}
 COMPUTE = {"float16": "float", "bfloat16": "float", "float": "float", "double": "double"}
 
 
@@ -86,7 +86,7 @@ def compiled(source, architecture):
 
 
 def test_all_kernels_are_found():
-    assert len(KERNELS) == 9
+    assert len(KERNELS) == 13
     assert all(kernel.preamble == cupy_cuda.PREAMBLE for kernel in KERNELS)
 
 

@@ -197,7 +197,7 @@ def test_finish_takes_partial_sums_of_its_own_kind():
     assert l1.finish(total) == 3.5
     with pytest.raises(TypeError, match=r"total=7\.0 is of type float; pass the sum of what"):
         l1.finish(7.0)
-    with pytest.raises(ValueError, match="does not take; pass partial sums of the same"):
+    with pytest.raises(ValueError, match="takes; pass partial sums of the same"):
         l2.finish(total)
     huge = ActivityRegularization.l2_squared(1e39)
     with pytest.raises(ValueError, match="lam=1e\\+39 is too large"):
@@ -280,3 +280,60 @@ def test_the_place_for_a_gradient_is_checked_before_it_is_written():
     with pytest.raises(ValueError, match="too large"):
         ActivityRegularization(1e300).penalty_and_gradient(np.ones(3, "f4"), out)
     assert (out == 1).all()
+
+
+# Both L1 and squared L2.
+
+
+def test_both_penalties_in_one_pass():
+    reg = ActivityRegularization.l1_l2(0.5, 0.25)
+    assert reg == ActivityRegularization((0.5, 0.25), "l1_l2_squared")
+    assert repr(reg) == "ActivityRegularization((0.5, 0.25), 'l1_l2_squared')"
+    gradients = np.zeros(3)
+    assert reg.apply(np.array([2.0, -4.0, 0.0]), gradients) == 0.5 * 6 + 0.25 * 20
+    assert gradients.tolist() == [0.5 + 1.0, -0.5 - 2.0, 0.0]
+    reg.lam = 1  # for both
+    assert reg.lam == (1.0, 1.0)
+    assert ActivityRegularization.l1_l2(l1=0.5).lam == (0.5, 0.0)
+
+
+def test_one_of_both_strengths_may_be_zero():
+    values = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    for l1, l2_squared in ((0.1, 0.0), (0.0, 0.1)):
+        alone = ActivityRegularization(0.1, "l1" if l1 else "l2_squared")
+        both = ActivityRegularization.l1_l2(l1, l2_squared)
+        assert both.penalty(values) == alone.penalty(values)
+        assert_array_equal(
+            both.penalty_and_gradient(values)[1], alone.penalty_and_gradient(values)[1]
+        )
+
+
+def test_both_strengths_are_checked():
+    reg = ActivityRegularization.l1_l2(0.5, 0.25)
+    for lam, error, message in (
+        ((0.5, -1.0), ValueError, r"lam\[1\]=-1.0 is out of range"),
+        (("1", 0.5), TypeError, r"lam\[0\]='1' is of type str"),
+        ((1.0, 2.0, 3.0), ValueError, r"are not two numbers; pass \(l1, l2_squared\)"),
+    ):
+        with pytest.raises(error, match=message):
+            reg.lam = lam
+    assert reg.lam == (0.5, 0.25)
+    with pytest.raises(ValueError, match=r"l2_squared=-1.0 is out of range"):
+        ActivityRegularization.l1_l2(0.5, -1)
+    with pytest.raises(TypeError, match=r"lam=\(1.0, 2.0\) is of type tuple"):
+        ActivityRegularization((1.0, 2.0), "l1")
+    gradients = np.ones(2, np.float32)
+    with pytest.raises(ValueError, match=r"lam=\(0.5, 3e\+38\) is too large"):
+        ActivityRegularization.l1_l2(0.5, 3e38).apply(np.ones(2, np.float32), gradients)
+    assert (gradients == 1).all()
+
+
+def test_sums_for_one_norm_are_not_those_for_both():
+    one, both = ActivityRegularization(0.5), ActivityRegularization.l1_l2(0.5, 0.5)
+    values = np.ones(3)
+    for reg, total in ((one, both.partial_sum(values)), (both, one.partial_sum(values))):
+        with pytest.raises(ValueError, match="pass partial sums of the same regularization"):
+            reg.finish(total)
+    with pytest.raises(TypeError):
+        one.partial_sum(values) + both.partial_sum(values)
+    assert pickle.loads(pickle.dumps(both.partial_sum(values))) == both.partial_sum(values)

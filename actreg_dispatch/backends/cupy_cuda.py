@@ -29,6 +29,7 @@ from actreg_dispatch.rounding import (
     FLOAT32,
     FLOAT64,
     NATIVE_DTYPES,
+    PairedSum,
     PartialSum,
     degree_of,
 )
@@ -69,20 +70,32 @@ def _walk(use: str, *, updates: bool) -> str:
         }}"""
 
 
-def _pass_kernel(kernel_name: str, term: str, update: str = "") -> cupy.ElementwiseKernel:
-    """Return the kernel that adds ``term`` of every x to the digits and updates the gradients."""
-    use = f"sum.add_{term}(value[b], &digits[0]);"
-    if update:
-        use += f" g[j] = T(add(old[b], {update}(value[b], strength)));"
-    return cupy.ElementwiseKernel(
-        "raw T x, int64 count, int64 step, float64 wide_strength",
-        "raw int64 digits, raw T g" if update else "raw int64 digits",
-        f"""
+_STRENGTHS = """
         using C = typename compute<T>::type;
-        C strength;
+        C strength, second_strength;
         narrow(wide_strength, strength);
-        exact_sum sum;{_walk(use, updates=bool(update))}
-        count_block(sum, &digits[0]);
+        narrow(wide_second_strength, second_strength);"""
+_LOOP = "raw T x, int64 count, int64 step, float64 wide_strength, float64 wide_second_strength"
+
+
+def _pass_kernel(kernel_name: str, *terms: str, added: str = "") -> cupy.ElementwiseKernel:
+    """Return the kernel that adds the ``terms`` of every x to the digits, and to the gradient."""
+    names = [f"sum{k}" for k in range(len(terms))]
+    use = " ".join(
+        f"{name}.add_{term}(value[b], &digits[{k} * (PLACES + 2)]);"
+        for k, (name, term) in enumerate(zip(names, terms, strict=True))
+    )
+    if added:
+        use += f" g[j] = T(add(old[b], {added}));"
+    ends = " ".join(
+        f"count_block({name}, &digits[{k} * (PLACES + 2)]);" for k, name in enumerate(names)
+    )
+    return cupy.ElementwiseKernel(
+        _LOOP,
+        "raw int64 digits, raw T g" if added else "raw int64 digits",
+        f"""{_STRENGTHS}
+        exact_sum {", ".join(names)};{_walk(use, updates=bool(added))}
+        {ends}
         """,
         kernel_name,
         preamble=PREAMBLE,
@@ -109,12 +122,41 @@ def _finish_kernel(kernel_name: str, inputs: str, outputs: str, end: str) -> cup
     )
 
 
+_ADDED = {  # to the gradient at x, value[b]
+    ActivityNorm.L1: "signed_strength(value[b], strength)",
+    ActivityNorm.L2: "divide(multiply(strength, value[b]), size)",
+    ActivityNorm.L2_SQUARED: "scaled(value[b], strength)",
+    ActivityNorm.L1_L2_SQUARED: "both(value[b], strength, second_strength)",
+}
 _SUM_ABSOLUTE = _pass_kernel("actreg_sum_absolute", "absolute")
 _SUM_SQUARES = _pass_kernel("actreg_sum_squares", "square")
-_APPLY_L1 = _pass_kernel("actreg_apply_l1", "absolute", "signed_strength")
-_APPLY_L2_SQUARED = _pass_kernel("actreg_apply_l2_squared", "square", "scaled")
+_SUM_BOTH = _pass_kernel("actreg_sum_both", "absolute", "square")
+_APPLY_L1 = _pass_kernel("actreg_apply_l1", "absolute", added=_ADDED[ActivityNorm.L1])
+_APPLY_L2_SQUARED = _pass_kernel(
+    "actreg_apply_l2_squared", "square", added=_ADDED[ActivityNorm.L2_SQUARED]
+)
+_APPLY_BOTH = _pass_kernel(
+    "actreg_apply_both", "absolute", "square", added=_ADDED[ActivityNorm.L1_L2_SQUARED]
+)
+_SUMS = {
+    ActivityNorm.L1: _SUM_ABSOLUTE,
+    ActivityNorm.L2: _SUM_SQUARES,
+    ActivityNorm.L2_SQUARED: _SUM_SQUARES,
+    ActivityNorm.L1_L2_SQUARED: _SUM_BOTH,
+}
+_APPLIES = {
+    ActivityNorm.L1: _APPLY_L1,
+    ActivityNorm.L2_SQUARED: _APPLY_L2_SQUARED,
+    ActivityNorm.L1_L2_SQUARED: _APPLY_BOTH,
+}
 _FINISH = _finish_kernel(
     "actreg_finish", "float64 lam", "C penalty", "finish(a, &digits[0], lam, penalty)"
+)
+_FINISH_BOTH = _finish_kernel(
+    "actreg_finish_both",
+    "float64 lam, float64 second_lam",
+    "C penalty",
+    "finish_both(a, &digits[0], lam, second_lam, penalty)",
 )
 _FINISH_L2 = _finish_kernel(
     "actreg_finish_l2",
@@ -127,15 +169,15 @@ _FINISH_L2 = _finish_kernel(
 def _update_kernel(kernel_name: str, added: str) -> cupy.ElementwiseKernel:
     """Return the kernel that adds ``added`` to every gradient, unless the divisor is 0."""
     return cupy.ElementwiseKernel(
-        "raw T x, int64 count, int64 step, float64 wide_strength, raw C divisor",
+        f"{_LOOP}, raw C divisor",
         "raw T g",
         f"""
         __shared__ C size;  // loaded once a block: a load a thread would weigh as much as x
         if (threadIdx.x == 0) size = divisor[0];
         __syncthreads();
-        if (widen(size) == 0.0) return;
-        C strength;
-        narrow(wide_strength, strength);{_walk(f"g[j] = T(add(old[b], {added}));", updates=True)}
+        if (widen(size) == 0.0) return;{_STRENGTHS}{
+            _walk(f"g[j] = T(add(old[b], {added}));", updates=True)
+        }
         """,
         kernel_name,
         preamble=PREAMBLE,
@@ -144,13 +186,15 @@ def _update_kernel(kernel_name: str, added: str) -> cupy.ElementwiseKernel:
     )
 
 
-_UPDATE_L1 = _update_kernel("actreg_update_l1", "signed_strength(value[b], strength)")
-_UPDATE_L2 = _update_kernel("actreg_update_l2", "divide(multiply(strength, value[b]), size)")
-_UPDATE_L2_SQUARED = _update_kernel("actreg_update_l2_squared", "scaled(value[b], strength)")
+_UPDATE_L1 = _update_kernel("actreg_update_l1", _ADDED[ActivityNorm.L1])
+_UPDATE_L2 = _update_kernel("actreg_update_l2", _ADDED[ActivityNorm.L2])
+_UPDATE_L2_SQUARED = _update_kernel("actreg_update_l2_squared", _ADDED[ActivityNorm.L2_SQUARED])
+_UPDATE_BOTH = _update_kernel("actreg_update_both", _ADDED[ActivityNorm.L1_L2_SQUARED])
 _UPDATES = {
     ActivityNorm.L1: _UPDATE_L1,
     ActivityNorm.L2: _UPDATE_L2,
     ActivityNorm.L2_SQUARED: _UPDATE_L2_SQUARED,
+    ActivityNorm.L1_L2_SQUARED: _UPDATE_BOTH,
 }
 
 
@@ -171,21 +215,23 @@ def is_available() -> bool:
     return not unavailable_because
 
 
-def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> PartialSum:
-    """Return Σ|x| for ``L1``, Σx² for the others, exactly; waits for the device."""
+def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> PartialSum | PairedSum:
+    """Return the sum, or the two sums, that ``norm`` takes, exactly; waits for the device."""
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        return PairedSum.of(activations, partial_sum)
     degree, dtype = degree_of(norm), COMPUTE_DTYPES[activations.dtype]
     with activations.device:
-        *digits, infinities, nans = _digits(_sum_kernel(norm), 0.0, activations).get().tolist()
+        *digits, infinities, nans = _digits(_SUMS[norm], 0.0, activations).get().tolist()
     special = float("nan") if nans else float("inf") if infinities else 0.0
     units = sum(digit << _DIGIT_BITS * place for place, digit in enumerate(digits))
     return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)
 
 
-def penalty(activations: cupy.ndarray, norm: ActivityNorm, lam: float) -> cupy.ndarray:
+def penalty(activations: cupy.ndarray, norm: ActivityNorm, lam: Any) -> cupy.ndarray:
     """Return the penalty, a 0-d array on the device of ``activations``."""
     with activations.device:
         results = _results(norm, activations.dtype)
-        digits = _digits(_sum_kernel(norm), 0.0, activations)
+        digits = _digits(_SUMS[norm], 0.0, activations)
         _finish(norm, digits, lam, 0.0, results)
         return results[0]
 
@@ -194,8 +240,8 @@ def apply(
     activations: cupy.ndarray,
     gradients: cupy.ndarray,
     norm: ActivityNorm,
-    lam: float,
-    strength: float,
+    lam: Any,
+    strength: Any,
     epsilon: float,
 ) -> cupy.ndarray:
     """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
@@ -204,8 +250,7 @@ def apply(
         if norm is ActivityNorm.L2:
             digits = _digits(_SUM_SQUARES, 0.0, activations)
         else:
-            kernel = _APPLY_L1 if norm is ActivityNorm.L1 else _APPLY_L2_SQUARED
-            digits = _digits(kernel, strength, activations, gradients)
+            digits = _digits(_APPLIES[norm], strength, activations, gradients)
         _finish(norm, digits, lam, epsilon, results)
         if norm is ActivityNorm.L2:
             _launch(_UPDATE_L2, strength, results[1], arrays=(activations, gradients))
@@ -216,7 +261,7 @@ def add_gradient(
     activations: cupy.ndarray,
     gradients: cupy.ndarray,
     norm: ActivityNorm,
-    strength: float,
+    strength: Any,
     divisor: float,
 ) -> None:
     """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
@@ -226,19 +271,19 @@ def add_gradient(
         _launch(_UPDATES[norm], strength, size, arrays=(activations, gradients))
 
 
-def _sum_kernel(norm: ActivityNorm) -> cupy.ElementwiseKernel:
-    return _SUM_ABSOLUTE if norm is ActivityNorm.L1 else _SUM_SQUARES
+def _digits(kernel: cupy.ElementwiseKernel, strength: Any, *arrays: cupy.ndarray) -> cupy.ndarray:
+    """Return the digits of the sum that ``kernel`` takes, and behind them two more counters.
 
-
-def _digits(kernel: cupy.ElementwiseKernel, strength: float, *arrays: cupy.ndarray) -> cupy.ndarray:
-    """Return the digits of the sum that ``kernel`` takes, and behind them two more counters."""
-    digits = cupy.zeros(_PLACES + 2, np.int64)
+    Of two sums the first row is the first.
+    """
+    sums = 2 if kernel in (_SUM_BOTH, _APPLY_BOTH) else 1
+    digits = cupy.zeros(sums * (_PLACES + 2), np.int64)
     _launch(kernel, strength, digits, arrays=arrays)
     return digits
 
 
 def _launch(
-    kernel: cupy.ElementwiseKernel, *options: Any, arrays: tuple[cupy.ndarray, ...]
+    kernel: cupy.ElementwiseKernel, strength: Any, option: Any, *, arrays: tuple[cupy.ndarray, ...]
 ) -> None:
     """Launch ``kernel`` over all elements of the activations, and the gradients if there are any.
 
@@ -248,8 +293,9 @@ def _launch(
     if count:
         blocks = min(_MAX_BLOCKS, -(-count // (_THREADS * _ELEMENTS_PER_THREAD)))
         step = blocks * _THREADS
+        first, second = strength if isinstance(strength, tuple) else (strength, 0.0)
         x, *gradients = collapse(*arrays)
-        kernel(x, count, step, *options, *gradients, size=step, block_size=_THREADS)
+        kernel(x, count, step, first, second, option, *gradients, size=step, block_size=_THREADS)
 
 
 def _results(norm: ActivityNorm, dtype: np.dtype[Any]) -> list[cupy.ndarray]:
@@ -260,12 +306,14 @@ def _results(norm: ActivityNorm, dtype: np.dtype[Any]) -> list[cupy.ndarray]:
 def _finish(
     norm: ActivityNorm,
     digits: cupy.ndarray,
-    lam: float,
+    lam: Any,
     epsilon: float,
     results: list[cupy.ndarray],
 ) -> None:
     """Write what :func:`_results` made room for."""
-    if norm is ActivityNorm.L2:
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        _FINISH_BOTH(digits[: _PLACES + 2], digits, *lam, *results)
+    elif norm is ActivityNorm.L2:
         _FINISH_L2(digits, digits, lam, epsilon, *results)
     else:
         _FINISH(digits, digits, lam, *results)

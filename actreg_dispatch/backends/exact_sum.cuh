@@ -47,6 +47,9 @@ template <typename C> __device__ inline C signed_strength(C x, C strength) {
 template <typename C> __device__ inline C scaled(C x, C strength) {
     return multiply(multiply(strength, C(2)), x);
 }
+template <typename C> __device__ inline C both(C x, C strength, C second_strength) {
+    return add(signed_strength(x, strength), scaled(x, second_strength));
+}
 
 // Digits: an integer of some 4,300 bits in global memory, in units of 2^-2148, the square of the
 // smallest number. Digit k weighs 2^(DIGIT_BITS k) units. Its counter has 63 bits and a sign, so
@@ -169,6 +172,7 @@ struct exact_sum {
 __device__ inline void count_block(exact_sum& mine, long long* digits) {
     __shared__ double parts[PARTS][THREADS];
     const int t = threadIdx.x;
+    __syncthreads();  // another sum may have been here before
 #pragma unroll
     for (int k = 0; k < PARTS; ++k) parts[k][t] = mine.part[k];
     for (int half = THREADS / 2; half > 0; half /= 2) {
@@ -278,6 +282,18 @@ struct rounded_sum {
 template <typename C> __device__ inline void finish(
     const places& used, const long long* digits, double lam, C& penalty) {
     narrow(rounded_sum(digits, used).times(lam), penalty);
+}
+
+// For two sums: the digits of the second follow those of the first.
+template <typename C> __device__ inline void finish_both(
+    const places& used, const long long* digits, double lam, double second_lam, C& penalty) {
+    const long long* second_digits = digits + PLACES + 2;
+    places second_used = {PLACES + 2, -1};
+    for (int k = 0; k < PLACES + 2; ++k) {
+        if (second_digits[k] != 0) second_used = either(second_used, places{k, k});
+    }
+    const double first = rounded_sum(digits, used).times(lam);
+    narrow(first + rounded_sum(second_digits, second_used).times(second_lam), penalty);
 }
 
 // For L2. The divisor is the norm, or 0 where there is no gradient.

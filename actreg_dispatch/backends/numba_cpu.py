@@ -30,7 +30,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -54,9 +54,11 @@ from actreg_dispatch.rounding import (
     REFUSED,
     UNDECIDED,
     Outcome,
+    PairedSum,
     PartialSum,
     anchored_bound,
     certified,
+    certified_both,
     decided,
     degree_of,
     limbs_of,
@@ -91,7 +93,7 @@ _LOW = (1 << LIMB) - 1  # the bits of a limb
 _AXES = types.Array(types.int64, 2, "C")
 
 # Compiled code calls the shared arithmetic by its own name.
-for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified):
+for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified, certified_both):
     register_jitable(_function)
 
 
@@ -100,8 +102,10 @@ def is_available() -> bool:
     return not unavailable_because
 
 
-def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum:
-    """Return Σ|x| for ``L1``, Σx² for the others, exactly."""
+def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum | PairedSum:
+    """Return the sum, or the two sums, that ``norm`` takes, exactly."""
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        return PairedSum.of(activations, partial_sum)
     degree, compute = degree_of(norm), COMPUTE_DTYPES[activations.dtype]
     bins = np.zeros((2046, limbs_of(degree)), np.int64)
     special = 0.0
@@ -111,7 +115,7 @@ def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Partia
     return PartialSum(degree, compute, units_of(bins, degree), special)
 
 
-def penalty(activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: float) -> Any:
+def penalty(activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: Any) -> Any:
     """Return the penalty, a NumPy scalar."""
     compute = COMPUTE_DTYPES[activations.dtype]
     return compute.type(_outcome(activations, norm, lam, 0.0).penalty)
@@ -121,8 +125,8 @@ def apply(
     activations: np.ndarray[Any, Any],
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
-    lam: float,
-    strength: float,
+    lam: Any,
+    strength: Any,
     epsilon: float,
 ) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
@@ -139,7 +143,7 @@ def add_gradient(
     activations: np.ndarray[Any, Any],
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
-    strength: float,
+    strength: Any,
     divisor: float,
 ) -> None:
     """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
@@ -148,7 +152,7 @@ def add_gradient(
 
 def express(
     norm: ActivityNorm, dtype: np.dtype[Any], size: int, *, writes: bool
-) -> Callable[[Any, Any, float, float, float], float] | None:
+) -> Callable[[Any, Any, Any, Any, float], float] | None:
     """Return the flat kernel for ``size`` elements; see :func:`_flat` for what it takes.
 
     There is none where so many elements are for threads but threads may not be used.
@@ -164,28 +168,28 @@ def quick_sum(
     activations: np.ndarray[Any, Any],
     norm: ActivityNorm,
     gradients: Any = None,
-    strength: float = 0.0,
-) -> tuple[float, float]:
-    """Return the sum as a pair, for :func:`~actreg_dispatch.rounding.decided`.
+    strength: Any = None,
+) -> tuple[float, ...]:
+    """Return the sum as a pair, or both as two, for :func:`~actreg_dispatch.rounding.decided`.
 
     The same pass updates the gradients of a norm other than L2, if they are given.
     """
     if gradients is None:
-        return _run(norm, _leave, activations, activations, strength)
+        return _run(norm, _leave, activations, activations)
     return _run(norm, _UPDATES[norm], activations, gradients, strength)
 
 
 def _outcome(
     x: np.ndarray[Any, Any],
     norm: ActivityNorm,
-    lam: float,
+    lam: Any,
     epsilon: float,
     gradients: Any = None,
-    strength: float = 0.0,
+    strength: Any = None,
 ) -> Outcome:
     """Sum, as quickly as will do, and update the gradients if there are any."""
-    pair = quick_sum(x, norm, gradients, strength)
-    found = decided(*pair, x.size, COMPUTE_DTYPES[x.dtype], norm, lam, epsilon)
+    total = quick_sum(x, norm, gradients, strength)
+    found = decided(total, x.size, COMPUTE_DTYPES[x.dtype], norm, lam, epsilon)
     return found or partial_sum(x, norm).outcome(norm, lam, epsilon)
 
 
@@ -328,10 +332,14 @@ def _leave(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _add_signed(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+def _signed(x, strength):  # type: ignore[no-untyped-def]
     real = type(x)
-    added = real(strength) * math.copysign(real(1.0), x) if abs(x) > 0 else real(0.0)
-    g[j] = _narrow(g[j], _widen(g[j]) + added)
+    return real(strength) * math.copysign(real(1.0), x) if abs(x) > 0 else real(0.0)
+
+
+@register_jitable
+def _add_signed(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    g[j] = _narrow(g[j], _widen(g[j]) + _signed(x, strength))
 
 
 @register_jitable
@@ -341,24 +349,28 @@ def _add_scaled(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
+def _add_both(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    real = type(x)
+    added = _signed(x, strength[0]) + (real(strength[1]) * real(2)) * x
+    g[j] = _narrow(g[j], _widen(g[j]) + added)
+
+
+@register_jitable
 def _add_quotient(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
     real = type(x)
     g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * x) / real(divisor))
 
 
-_MAGNITUDES = {
-    ActivityNorm.L1: _absolute,
-    ActivityNorm.L2: _square,
-    ActivityNorm.L2_SQUARED: _square,
-}
 _UPDATES = {
     ActivityNorm.L1: _add_signed,
     ActivityNorm.L2: _add_quotient,
     ActivityNorm.L2_SQUARED: _add_scaled,
+    ActivityNorm.L1_L2_SQUARED: _add_both,
 }
 
 
-# Rows: update the gradients along one axis and add the magnitudes to the sum (hi, lo).
+# Rows: update the gradients along one axis and add the magnitudes to the total, which is a sum in
+# a pair (hi, lo), or two sums.
 
 
 @register_jitable(fastmath={"reassoc"})
@@ -368,7 +380,8 @@ def _plus(total, term):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _sum_plain(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_plain(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    hi, lo = total
     for j in range(x.size):
         value = _widen(x[j])
         hi = _plus(hi, magnitude(np.float64(value))[0])
@@ -377,35 +390,159 @@ def _sum_plain(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ign
 
 
 @register_jitable
-def _sum_anchored(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_plain_both(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    absolute, absolute_lo, squares, squares_lo = total
+    for j in range(x.size):
+        value = _widen(x[j])
+        wide = np.float64(value)
+        absolute = _plus(absolute, abs(wide))
+        squares = _plus(squares, wide * wide)
+        update(g, j, value, strength, divisor)
+    return absolute, absolute_lo, squares, squares_lo
+
+
+@register_jitable
+def _sum_anchored(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
     for start in range(0, x.size, ANCHORED_TERMS):
         # Slices indexed from 0 need no check for negative indices, which would not vectorize.
         xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
-        largest = 0
-        for j in range(xs.size):  # the bits of magnitudes are in the order of the magnitudes
-            largest = max(largest, _bits(abs(xs[j])))
-        exponent = _bits(magnitude(_float(largest))[0]) >> 52  # biased by 1023
-        anchor = _float((exponent + 10) << 52)
-        total, rest = 0.0, 0.0
-        for j in range(xs.size):
-            term, excess = magnitude(xs[j])
-            high = (term + anchor) - anchor
-            total = _plus(total, high)
-            rest = _plus(rest, (term - high) - excess)
-            update(gs, j, xs[j], strength, divisor)
-        if largest == 0 or 123 <= exponent <= 2036:
-            total, rest = two_sum(total, rest)
-        else:
-            total, rest = math.inf, 0.0
-        hi, lo = merge_pairs(hi, lo, total, rest)
+        total = _merge(total, _sum_tile(xs, gs, magnitude, update, strength, divisor))
+    return total
+
+
+@register_jitable
+def _sum_anchored_both(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    for start in range(0, x.size, ANCHORED_TERMS):  # the second look at a tile is in the cache
+        xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
+        absolute = _sum_tile(xs, gs, _absolute, _leave, strength, divisor)
+        squares = _sum_tile(xs, gs, _square, update, strength, divisor)
+        total = _merge_both(total, (*absolute, *squares))
+    return total
+
+
+@register_jitable
+def _sum_tile(xs, gs, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    largest = 0
+    for j in range(xs.size):  # the bits of magnitudes are in the order of the magnitudes
+        largest = max(largest, _bits(abs(xs[j])))
+    exponent = _bits(magnitude(_float(largest))[0]) >> 52  # biased by 1023
+    anchor = _float((exponent + 10) << 52)
+    total, rest = 0.0, 0.0
+    for j in range(xs.size):
+        term, excess = magnitude(xs[j])
+        high = (term + anchor) - anchor
+        total = _plus(total, high)
+        rest = _plus(rest, (term - high) - excess)
+        update(gs, j, xs[j], strength, divisor)
+    if largest == 0 or 123 <= exponent <= 2036:
+        return two_sum(total, rest)
+    return math.inf, 0.0
+
+
+@register_jitable
+def _sum_nothing(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    for j in range(x.size):
+        update(g, j, _widen(x[j]), strength, divisor)
+    return total
+
+
+@register_jitable
+def _merge(a, b):  # type: ignore[no-untyped-def]
+    return merge_pairs(a[0], a[1], b[0], b[1])
+
+
+@register_jitable
+def _merge_both(a, b):  # type: ignore[no-untyped-def]
+    first, second = merge_pairs(a[0], a[1], b[0], b[1]), merge_pairs(a[2], a[3], b[2], b[3])
+    return first[0], first[1], second[0], second[1]
+
+
+@register_jitable
+def _merge_blocks(totals, column):  # type: ignore[no-untyped-def]
+    hi, lo = 0.0, 0.0
+    for b in range(totals.shape[0]):
+        hi, lo = merge_pairs(hi, lo, totals[b, column], totals[b, column + 1])
     return hi, lo
 
 
 @register_jitable
-def _sum_nothing(x, g, hi, lo, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
-    for j in range(x.size):
-        update(g, j, _widen(x[j]), strength, divisor)
-    return hi, lo
+def _merged(totals):  # type: ignore[no-untyped-def]
+    return _merge_blocks(totals, 0)
+
+
+@register_jitable
+def _merged_both(totals):  # type: ignore[no-untyped-def]
+    first, second = _merge_blocks(totals, 0), _merge_blocks(totals, 2)
+    return first[0], first[1], second[0], second[1]
+
+
+# λ, or both of a pair.
+
+
+@register_jitable
+def _rounded(lam, real):  # type: ignore[no-untyped-def]
+    return np.float64(real(lam))
+
+
+@register_jitable
+def _rounded_both(lam, real):  # type: ignore[no-untyped-def]
+    return np.float64(real(lam[0])), np.float64(real(lam[1]))
+
+
+@register_jitable
+def _largest(lam):  # type: ignore[no-untyped-def]
+    return lam
+
+
+@register_jitable
+def _largest_of_both(lam):  # type: ignore[no-untyped-def]
+    return max(lam[0], lam[1])
+
+
+@register_jitable
+def _certified(total, bound, lam, epsilon, root, real):  # type: ignore[no-untyped-def]
+    return certified(total[0], total[1], bound, lam, epsilon, root, real)
+
+
+@register_jitable
+def _certified_both(total, bound, lam, epsilon, root, real):  # type: ignore[no-untyped-def]
+    penalty, certain = certified_both(total, bound, lam, real)
+    return penalty, real(0.0), True, certain
+
+
+class _Summing(NamedTuple):
+    """How a norm is summed: what a kernel closes over."""
+
+    row: Any
+    zero: tuple[float, ...]
+    merge: Any
+    merged: Any
+    magnitude: Any = _absolute
+    numbers: Any = types.float64  # the type of λ
+    rounded: Any = _rounded
+    largest: Any = _largest
+    certified: Any = _certified
+
+
+def _summing(norm: ActivityNorm | None, dtype: np.dtype[Any]) -> _Summing:
+    """Return how ``norm`` is summed; None sums nothing."""
+    anchored = dtype == FLOAT64
+    if norm is None:
+        return _Summing(_sum_nothing, (0.0, 0.0), _merge, _merged)
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        return _Summing(
+            _sum_anchored_both if anchored else _sum_plain_both,
+            (0.0,) * 4,
+            _merge_both,
+            _merged_both,
+            numbers=types.UniTuple(types.float64, 2),
+            rounded=_rounded_both,
+            largest=_largest_of_both,
+            certified=_certified_both,
+        )
+    row = _sum_anchored if anchored else _sum_plain
+    magnitude = _absolute if norm is ActivityNorm.L1 else _square
+    return _Summing(row, (0.0, 0.0), _merge, _merged, magnitude)
 
 
 @register_jitable
@@ -448,14 +585,6 @@ def _offsets(axes, row):  # type: ignore[no-untyped-def]
         x_offset += place * axes[1, axis]
         g_offset += place * axes[2, axis]
     return x_offset, g_offset
-
-
-@register_jitable
-def _merged(sums):  # type: ignore[no-untyped-def]
-    hi, lo = 0.0, 0.0
-    for b in range(sums.shape[0]):
-        hi, lo = merge_pairs(hi, lo, sums[b, 0], sums[b, 1])
-    return hi, lo
 
 
 # Kernels.
@@ -517,13 +646,6 @@ def _bits_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.uint16 if dtype == FLOAT16 else np.int16)
 
 
-def _summing(norm: ActivityNorm | None, dtype: np.dtype[Any]) -> tuple[Any, Any]:
-    """Return how to sum along a row, and what; None sums nothing."""
-    if norm is None:
-        return _sum_nothing, _absolute
-    return _sum_anchored if dtype == FLOAT64 else _sum_plain, _MAGNITUDES[norm]
-
-
 def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
     """Compile the kernel that does a whole call on contiguous arrays of one axis.
 
@@ -532,13 +654,15 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
     gradients are the activations again. The signature is explicit: arrays of another dtype, layout
     or writability are a TypeError.
     """
-    sum_row, magnitude = _summing(norm, dtype)
+    summing = _summing(norm, dtype)
+    sum_row, zero, merge, merged, magnitude, numbers, rounded, largest_of, certified_of = summing
     compute = FLOAT64 if dtype == FLOAT64 else FLOAT32
     anchored, root, real = dtype == FLOAT64, norm is ActivityNorm.L2, compute.type
     update = _UPDATES[norm] if writes and not root else _leave
-    largest = float(np.finfo(compute).max) / (2 if norm is ActivityNorm.L2_SQUARED else 1)
+    doubles = norm in (ActivityNorm.L2_SQUARED, ActivityNorm.L1_L2_SQUARED)
+    largest = float(np.finfo(compute).max) / (2 if doubles else 1)
     default = float(np.finfo(compute).eps)
-    divides = root and writes
+    divides, columns = root and writes, len(zero)
     edition = _edition()
 
     def kernel(x, g, lam, strength, epsilon):  # type: ignore[no-untyped-def]
@@ -546,39 +670,39 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
         size, reach = x.size, x.size * x.itemsize
         apart = abs(_address(x) - _address(g)) >= reach or not writes
         aligned = (_address(x) | _address(g)) % x.itemsize == 0  # which Numba takes for granted
-        lam, strength = np.float64(real(lam)), np.float64(real(strength))
-        taken = apart and aligned and size == g.size and lam <= largest
+        lam, strength = rounded(lam, real), rounded(strength, real)
+        taken = apart and aligned and size == g.size and largest_of(lam) <= largest
         if not taken or (size >= PARALLEL_FROM) != parallel:
             return REFUSED
         blocks = -(-size // _BLOCK)
         if parallel:
-            sums = np.empty((blocks, 2))
+            totals = np.empty((blocks, columns))
             for b in numba.prange(blocks):
                 xs, gs = x[b * _BLOCK : (b + 1) * _BLOCK], g[b * _BLOCK : (b + 1) * _BLOCK]
-                sums[b] = sum_row(xs, gs, 0.0, 0.0, magnitude, update, strength, 0.0)
-            hi, lo = _merged(sums)
+                totals[b] = sum_row(xs, gs, zero, magnitude, update, strength, 0.0)
+            total = merged(totals)
         else:
-            hi, lo = 0.0, 0.0
+            total = zero
             for b in range(blocks):
                 xs, gs = x[b * _BLOCK : (b + 1) * _BLOCK], g[b * _BLOCK : (b + 1) * _BLOCK]
-                total, rest = sum_row(xs, gs, 0.0, 0.0, magnitude, update, strength, 0.0)
-                hi, lo = merge_pairs(hi, lo, total, rest)
+                block = sum_row(xs, gs, zero, magnitude, update, strength, 0.0)
+                total = merge(total, block)
         bound = anchored_bound(size) if anchored else PLAIN_BOUND
         floor = default if math.isnan(epsilon) else epsilon
-        penalty, divisor, has_gradient, certain = certified(hi, lo, bound, lam, floor, root, real)
+        penalty, divisor, has_gradient, certain = certified_of(total, bound, lam, floor, root, real)
         if not certain:
             return REFUSED if divides else UNDECIDED
         if divides and has_gradient:
             for b in numba.prange(blocks):
                 xs, gs = x[b * _BLOCK : (b + 1) * _BLOCK], g[b * _BLOCK : (b + 1) * _BLOCK]
-                _sum_nothing(xs, gs, 0.0, 0.0, magnitude, _add_quotient, strength, divisor)
+                _sum_nothing(xs, gs, zero, magnitude, _add_quotient, strength, divisor)
         return np.float64(penalty)
 
     element = numba.from_dtype(dtype)
     x = types.Array(element, 1, "C", readonly=True)
     g = types.Array(element, 1, "C", readonly=not writes)
     # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
-    signature = types.float64(x, g, types.float64, types.float64, types.float64)
+    signature = types.float64(x, g, numbers, numbers, types.float64)
     compiled = _compiled(kernel, signature, parallel, _nrt=parallel)
     if not parallel:
         return compiled
@@ -598,8 +722,10 @@ def _flat_on_bits(*key: Any) -> Any:
 
 
 def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], parallel: bool) -> Any:
-    """Compile one pass over what :func:`_rows` returns, which returns the sum as a pair."""
-    sum_row, magnitude = _summing(norm, dtype)
+    """Compile one pass over what :func:`_rows` returns, which returns the total."""
+    summing = _summing(norm, dtype)
+    sum_row, zero, magnitude, merged = summing.row, summing.zero, summing.magnitude, summing.merged
+    columns = len(zero)
     edition = _edition(), parallel  # or one twin would be taken from the cache for the other
 
     def kernel(x, g, axes, strength, divisor):  # type: ignore[no-untyped-def]
@@ -610,9 +736,9 @@ def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], paral
         units = axes[0].prod() * pieces
         units_per_block = max(1, _BLOCK // length)
         blocks = -(-units // units_per_block)
-        sums = np.empty((blocks, 2))
+        totals = np.empty((blocks, columns))
         for b in numba.prange(blocks):
-            hi, lo = 0.0, 0.0
+            total = zero
             for unit in range(b * units_per_block, min((b + 1) * units_per_block, units)):
                 row, piece = divmod(unit, pieces)
                 start = piece * _BLOCK
@@ -622,18 +748,19 @@ def _strided(norm: ActivityNorm | None, update: Any, dtype: np.dtype[Any], paral
                 g_offset += start * g.strides[0]
                 if dense:
                     xs, gs = _dense_row(x, x_offset, count), _dense_row(g, g_offset, count)
-                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, strength, divisor)
+                    total = sum_row(xs, gs, total, magnitude, update, strength, divisor)
                 else:
                     xs, gs = _strided_row(x, x_offset, count), _strided_row(g, g_offset, count)
-                    hi, lo = sum_row(xs, gs, hi, lo, magnitude, update, strength, divisor)
-            sums[b] = hi, lo
-        return _merged(sums)
+                    total = sum_row(xs, gs, total, magnitude, update, strength, divisor)
+            totals[b] = total
+        return merged(totals)
 
     element = numba.from_dtype(dtype)
     x = types.Array(element, 1, "A", readonly=True)
     g = types.Array(element, 1, "A", readonly=update is _leave)
-    pair = types.UniTuple(types.float64, 2)
-    return _compiled(kernel, pair(x, g, _AXES, types.float64, types.float64), parallel)
+    numbers = types.UniTuple(types.float64, 2) if update is _add_both else types.float64
+    total = types.UniTuple(types.float64, columns)
+    return _compiled(kernel, total(x, g, _AXES, numbers, types.float64), parallel)
 
 
 def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
@@ -655,11 +782,16 @@ def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
 
 
 def _run(
-    norm: ActivityNorm | None, update: Any, x: Any, g: Any, strength: float, divisor: float = 0.0
-) -> tuple[float, float]:
-    """Run one pass over all elements and return the sum that ``norm`` takes, a pair."""
+    norm: ActivityNorm | None,
+    update: Any,
+    x: Any,
+    g: Any,
+    strength: Any = 0.0,
+    divisor: float = 0.0,
+) -> tuple[float, ...]:
+    """Run one pass over all elements and return the total that ``norm`` takes."""
     if x.size == 0:
-        return 0.0, 0.0
+        return _summing(norm, x.dtype).zero
     parallel = x.size >= PARALLEL_FROM and may_use_threads()
     x, g, axes = _rows(x, g)
     kernel = _kernel(_strided, norm, update, x.dtype, parallel)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import COMPUTE_DTYPES, PartialSum, exact_sum
+from actreg_dispatch.rounding import COMPUTE_DTYPES, PairedSum, PartialSum, exact_sum
 
 name = "numpy"
 dtypes = COMPUTE_DTYPES.keys()
@@ -23,12 +23,12 @@ def is_available() -> bool:
     return True
 
 
-def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum:
-    """Return Σ|x| for ``L1``, Σx² for the others, exactly."""
+def partial_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> PartialSum | PairedSum:
+    """Return the sum, or the two sums, that ``norm`` takes, exactly."""
     return exact_sum(activations, norm)
 
 
-def penalty(activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: float) -> Any:
+def penalty(activations: np.ndarray[Any, Any], norm: ActivityNorm, lam: Any) -> Any:
     """Return the penalty, a NumPy scalar."""
     compute = COMPUTE_DTYPES[activations.dtype]
     return compute.type(exact_sum(activations, norm).outcome(norm, lam, 0.0).penalty)
@@ -38,8 +38,8 @@ def apply(
     activations: np.ndarray[Any, Any],
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
-    lam: float,
-    strength: float,
+    lam: Any,
+    strength: Any,
     epsilon: float,
 ) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
@@ -53,7 +53,7 @@ def add_gradient(
     activations: np.ndarray[Any, Any],
     gradients: np.ndarray[Any, Any],
     norm: ActivityNorm,
-    strength: float,
+    strength: Any,
     divisor: float,
 ) -> None:
     """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
@@ -61,9 +61,18 @@ def add_gradient(
     with np.errstate(all="ignore"):  # NaN, infinity and overflow propagate without a word
         x: Any = activations.astype(real)
         if norm is ActivityNorm.L1:
-            added = np.where(np.abs(x) > 0, real(strength) * np.copysign(real(1.0), x), real(0.0))
+            added = _signed(real(strength), x)
         elif norm is ActivityNorm.L2_SQUARED:
             added = (real(strength) * real(2.0)) * x
+        elif norm is ActivityNorm.L1_L2_SQUARED:
+            added = _signed(real(strength[0]), x) + (real(strength[1]) * real(2.0)) * x
         else:
             added = (real(strength) * x) / real(divisor)
         gradients[...] = gradients.astype(real) + added
+
+
+def _signed(strength: Any, x: Any) -> Any:
+    """Return ``strength`` with the sign of x, and 0 where x is 0 or NaN."""
+    return np.where(
+        np.abs(x) > 0, strength * np.copysign(type(strength)(1.0), x), type(strength)(0.0)
+    )

@@ -199,7 +199,7 @@ def run_backend(name: str) -> Callable[[Task], Run | None]:
 # Peers: two lines each, one for the penalty and one for the gradient, as their users write them.
 # Sums of 16-bit floats are taken in float32, since they would overflow.
 
-L1, L2, L2_SQUARED = ActivityNorm
+NORMS = L1, L2, L2_SQUARED = (ActivityNorm.L1, ActivityNorm.L2, ActivityNorm.L2_SQUARED)
 
 
 def slope_of(norm: ActivityNorm, penalty: Any) -> Any:

@@ -9,6 +9,7 @@ import cupy
 
 from actreg_dispatch.bench.contenders import (
     LAM,
+    NORMS,
     Contender,
     Run,
     Task,
@@ -24,7 +25,7 @@ from actreg_dispatch.norms import ActivityNorm
 
 __all__ = ["CUDA"]
 
-L1, L2, L2_SQUARED = ActivityNorm
+L1, L2, L2_SQUARED = NORMS
 
 
 def _limit(task: Task) -> Run:
