@@ -26,6 +26,7 @@ __all__ = [
     "FAST",
     "LAM",
     "LAYOUTS",
+    "NORMS",
     "Case",
     "Contender",
     "Run",
