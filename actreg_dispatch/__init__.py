@@ -24,7 +24,7 @@ from actreg_dispatch.registry import (
     register_backend,
     use_backend,
 )
-from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.regularization import ActivityRegularization, Penalties
 from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.warmup import warmup
 
@@ -37,6 +37,7 @@ __all__ = [
     "MixedArraysError",
     "PairedSum",
     "PartialSum",
+    "Penalties",
     "UnknownBackendError",
     "available_backends",
     "get_backend",

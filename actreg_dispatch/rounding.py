@@ -89,6 +89,7 @@ __all__ = [
     "decided",
     "degree_of",
     "exact_sum",
+    "largest_lam",
     "limbs_of",
     "merge_pairs",
     "merge_totals",
@@ -128,6 +129,12 @@ def compute_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
             NATIVE_DTYPES.add(bfloat16)
             known = COMPUTE_DTYPES[bfloat16] = FLOAT32
     return known
+
+
+def largest_lam(norm: ActivityNorm, dtype: np.dtype[Any]) -> float:
+    """Return the largest λ, a value of T, whose gradient does not overflow before x is known."""
+    doubled = norm in (ActivityNorm.L2_SQUARED, ActivityNorm.L1_L2_SQUARED)
+    return float(np.finfo(dtype).max) / (2 if doubled else 1)
 
 
 def anchored_bound(size: int) -> float:

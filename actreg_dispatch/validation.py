@@ -17,7 +17,7 @@ from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import CUPY, NUMPY, array_type_of
 from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
-__all__ = ["check_activations", "check_gradients", "check_number", "check_real"]
+__all__ = ["check_activations", "check_apart", "check_gradients", "check_number", "check_real"]
 
 # np.shares_memory solves a bounded Diophantine equation; this many steps take about 0.1 s.
 _OVERLAP_WORK: Any = 1_000_000
@@ -106,7 +106,7 @@ def _check_loadable(name: str, array: Any) -> None:
         )
 
 
-def check_activations(activations: Any) -> tuple[str, Any]:
+def check_activations(activations: Any, name: str = "activations") -> tuple[str, Any]:
     """Return the array type of ``activations``, and them as a plain array.
 
     Raises
@@ -116,7 +116,7 @@ def check_activations(activations: Any) -> tuple[str, Any]:
     ValueError
         If it is an array on a device and not aligned.
     """
-    return _checked("activations", activations)
+    return _checked(name, activations)
 
 
 def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gradients") -> Any:
@@ -170,6 +170,39 @@ def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gr
             f"pass a copy of one of them"
         )
     return gradients
+
+
+def check_apart(arrays: list[tuple[str, Any, bool]]) -> None:
+    """Refuse arrays that share memory, if one of the two is written.
+
+    Each is given by its name, itself, and whether it is written; all are of NumPy or CuPy.
+
+    Raises
+    ------
+    ValueError
+        If two do, naming both.
+    """
+    intervals = []
+    for name, array, written in arrays:
+        described = _described(array)
+        start = described.__array_interface__["data"][0]
+        reach = [s * (n - 1) for s, n in zip(described.strides, described.shape, strict=True)]
+        if described.size:
+            low = start + sum(min(r, 0) for r in reach)
+            high = start + sum(max(r, 0) for r in reach) + described.itemsize
+            intervals.append((low, high, name, described, written))
+    intervals.sort(key=lambda interval: interval[:2])
+    open_ones: list[Any] = []  # those that reach beyond where the next one starts
+    for interval in intervals:
+        start, _, name, described, written = interval
+        open_ones = [other for other in open_ones if other[1] > start]
+        for _, _, other_name, other, other_written in open_ones:
+            if (written or other_written) and _share_memory(described, other):
+                raise ValueError(
+                    f"{name} and {other_name} share memory; the update would depend on the order "
+                    f"of the layers: pass copies"
+                )
+        open_ones.append(interval)
 
 
 class _Interface:

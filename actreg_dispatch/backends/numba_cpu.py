@@ -61,6 +61,7 @@ from actreg_dispatch.rounding import (
     certified_both,
     decided,
     degree_of,
+    largest_lam,
     limbs_of,
     merge_pairs,
     results_of,
@@ -162,6 +163,13 @@ def express(
         return None
     factory = _flat if dtype.itemsize > 2 else _flat_on_bits
     return _kernel(factory, norm, dtype, writes, parallel)  # type: ignore[no-any-return]
+
+
+def apply_many(*arguments: Any) -> np.ndarray[Any, Any] | None:
+    """Do :func:`~actreg_dispatch.backends.many_arrays.apply_many`, loaded when it is needed."""
+    from actreg_dispatch.backends import many_arrays
+
+    return many_arrays.apply_many(*arguments)
 
 
 def quick_sum(
@@ -613,22 +621,22 @@ def _compiled(kernel: Any, signature: Any, parallel: bool = False, **options: An
     processes may race. Where the cache cannot be read or written, it is done without.
     """
     compiler: Any = numba.njit
-    options |= {"parallel": parallel, "nogil": True, "error_model": "numpy"}
+    options = {"parallel": parallel, "nogil": True, "error_model": "numpy"} | options
     if _CACHING:
         with contextlib.suppress(Exception):
             return compiler(signature, cache=True, **options)(kernel)
     return compiler(signature, **options)(kernel)
 
 
-def _edition() -> int:
+def _edition(*modules: Any) -> int:
     """Return a number for what else the code of a kernel depends on.
 
-    That is the arithmetic of :mod:`~actreg_dispatch.rounding` and Numba's environment variables,
-    such as ``NUMBA_BOUNDSCHECK``. Kernels close over the number, which makes it part of the key of
-    Numba's cache; Numba itself notices only that this file has changed.
+    That is ``modules``, the arithmetic of :mod:`~actreg_dispatch.rounding` and Numba's environment
+    variables, such as ``NUMBA_BOUNDSCHECK``. Kernels close over the number, which makes it part of
+    the key of Numba's cache; Numba itself notices only that the file of the kernel has changed.
     """
     try:
-        sources = inspect.getsource(rounding)
+        sources = "".join(map(inspect.getsource, (rounding, *modules)))
     except OSError:  # then there is no cache either
         sources = ""
     options = sorted(
@@ -659,8 +667,7 @@ def _flat(norm: ActivityNorm, dtype: np.dtype[Any], writes: bool, parallel: bool
     compute = FLOAT64 if dtype == FLOAT64 else FLOAT32
     anchored, root, real = dtype == FLOAT64, norm is ActivityNorm.L2, compute.type
     update = _UPDATES[norm] if writes and not root else _leave
-    doubles = norm in (ActivityNorm.L2_SQUARED, ActivityNorm.L1_L2_SQUARED)
-    largest = float(np.finfo(compute).max) / (2 if doubles else 1)
+    largest = largest_lam(norm, compute)
     default = float(np.finfo(compute).eps)
     divides, columns = root and writes, len(zero)
     edition = _edition()

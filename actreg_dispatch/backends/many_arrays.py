@@ -1,0 +1,278 @@
+"""Many small arrays at once: one parallel region for all layers of a model.
+
+To look at an array from Python takes about as long as to update a small layer. So compiled code
+looks itself: it is given the addresses of the array objects and reads from them what NumPy's C
+interface keeps there (``PyArrayObject_fields``). That it does so in this interpreter is verified
+when the module is loaded; if not, :func:`apply_many` takes nothing.
+
+What is not plain (another class, dtype or order, overlaps, read-only) is left, untouched, to the
+general route.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
+
+from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.backends.numba_cpu import (
+    _BLOCK,
+    _UPDATES,
+    PARALLEL_FROM,
+    _address,
+    _bits_of,
+    _compiled,
+    _dense_row,
+    _edition,
+    _kernel,
+    _leave,
+    _sum_nothing,
+    _summing,
+)
+from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.rounding import (
+    COMPUTE_DTYPES,
+    FLOAT64,
+    PLAIN_BOUND,
+    REFUSED,
+    UNDECIDED,
+    anchored_bound,
+    largest_lam,
+)
+from actreg_dispatch.threads import may_use_threads
+
+__all__ = ["apply_many"]
+
+# Where an array object has its fields, in bytes: after the head that all Python objects have.
+_HEAD = object.__basicsize__
+_DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = (_HEAD + 8 * k for k in (0, 1, 2, 5, 6))
+_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400  # NPY_ARRAY_C_CONTIGUOUS and so on
+_OBJECTS = types.Array(types.int64, 2, "C")
+_TABLE = types.Array(types.int64, 2, "C")  # for each layer: where x and g are, size, batch
+
+
+def apply_many(
+    activations: tuple[Any, ...],
+    gradients: tuple[Any, ...],
+    norm: ActivityNorm,
+    lam: Any,
+    scale: float,
+    reduction: str,
+    epsilon: float,
+) -> np.ndarray[Any, Any] | None:
+    """Update all gradients and return the penalties, or None, having written nothing.
+
+    Where a penalty takes an exact sum it is ``UNDECIDED``, or ``REFUSED`` if its gradients are
+    still to be updated. λ is as yet not divided as ``reduction`` says; ``epsilon`` is NaN for the
+    default.
+    """
+    layers = len(activations)
+    if not _LAYOUT_IS_KNOWN or layers == 0 or {*map(type, activations + gradients)} != {np.ndarray}:
+        return None
+    dtype = activations[0].dtype
+    if dtype not in numba_cpu.dtypes:
+        return None
+    objects = np.fromiter(map(id, activations + gradients), np.int64, 2 * layers)
+    table = np.empty((layers, 4), np.int64)
+    size = _kernel(_inspector)(objects.reshape(2, layers), id(dtype), dtype.itemsize, table)
+    if size < 0:
+        return None
+    counts = np.ones((layers, 1), np.int64)
+    if reduction != "sum":
+        column = 2 if reduction == "mean" else 3
+        counts = np.maximum(counts, table[:, column : column + 1])
+    compute = COMPUTE_DTYPES[dtype].type
+    wide = np.reshape(lam, (1, -1)) / counts
+    with np.errstate(all="ignore"):
+        lams, strengths = (a.astype(compute).astype(float) for a in (wide, wide * scale))
+    if not lams.max() <= largest_lam(norm, COMPUTE_DTYPES[dtype]):
+        return None
+    parallel = size >= PARALLEL_FROM and may_use_threads()
+    kernel = _kernel(_updater, norm, dtype, parallel)
+    penalties = np.empty(layers)
+    kernel(table, np.empty(0, _bits_of(dtype)), lams, strengths, epsilon, penalties)
+    return penalties
+
+
+@intrinsic
+def _load(typingctx, address):  # type: ignore[no-untyped-def]
+    """Return the int64 at ``address``."""
+
+    def load(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = ir.IntType(64).as_pointer()
+        return builder.load(builder.inttoptr(arguments[0], pointer))
+
+    return types.int64(types.int64), load
+
+
+def _inspector() -> Any:
+    """Compile the function that fills the table and returns the number of elements of all layers.
+
+    It returns -1 where an array is not plain or gradients share memory with anything. It holds the
+    interpreter's lock, so that no thread changes an array meanwhile.
+    """
+    edition = _edition(numba_cpu)
+
+    def kernel(objects, dtype, itemsize, table):  # type: ignore[no-untyped-def]
+        _ = edition
+        layers, total = objects.shape[1], 0
+        starts, ends = np.empty(2 * layers, np.int64), np.empty(2 * layers, np.int64)
+        for layer in range(layers):
+            x, g = objects[0, layer], objects[1, layer]
+            axes = _load(x + _NDIM) & 0xFFFFFFFF
+            flags = _load(x + _FLAGS) & (_load(g + _FLAGS) | _WRITEABLE) & 0xFFFFFFFF
+            plain = _CONTIGUOUS | _ALIGNED
+            if (
+                _load(x + _DTYPE) != dtype
+                or _load(g + _DTYPE) != dtype
+                or flags & plain != plain
+                or _load(g + _FLAGS) & _WRITEABLE == 0
+                or axes != _load(g + _NDIM) & 0xFFFFFFFF
+            ):
+                return -1
+            size, x_shape, g_shape = 1, _load(x + _SHAPE), _load(g + _SHAPE)
+            for axis in range(axes):
+                length = _load(x_shape + 8 * axis)
+                if length != _load(g_shape + 8 * axis):
+                    return -1
+                size *= length
+            table[layer, 0], table[layer, 1] = _load(x + _DATA), _load(g + _DATA)
+            table[layer, 2], table[layer, 3] = size, _load(x_shape) if axes else 0
+            for k in range(2):
+                starts[2 * layer + k] = table[layer, k]
+                ends[2 * layer + k] = table[layer, k] + size * itemsize
+            total += size
+        # In the order of their addresses, nothing may begin before the gradients before it end, and
+        # no gradients before anything before them ends.
+        end, written_end = 0, 0
+        for k in np.argsort(starts):
+            written = k % 2 == 1
+            if ends[k] > starts[k]:
+                if starts[k] < (end if written else written_end):
+                    return -1
+                end = max(end, ends[k])
+                if written:
+                    written_end = max(written_end, ends[k])
+        return total
+
+    signature = types.int64(_OBJECTS, types.int64, types.int64, _TABLE)
+    return _compiled(kernel, signature, nogil=False)
+
+
+@register_jitable
+def _one(rows, k):  # type: ignore[no-untyped-def]
+    return rows[k, 0]
+
+
+@register_jitable
+def _both(rows, k):  # type: ignore[no-untyped-def]
+    return rows[k, 0], rows[k, 1]
+
+
+@register_jitable
+def _pair(totals, b):  # type: ignore[no-untyped-def]
+    return totals[b, 0], totals[b, 1]
+
+
+@register_jitable
+def _two_pairs(totals, b):  # type: ignore[no-untyped-def]
+    return totals[b, 0], totals[b, 1], totals[b, 2], totals[b, 3]
+
+
+@register_jitable
+def _block(like, table, layer, number):  # type: ignore[no-untyped-def]
+    """Return that block of x and of g, arrays of the type of ``like``."""
+    start = number * _BLOCK
+    length = min(_BLOCK, table[layer, 2] - start)
+    offset = start * like.itemsize - _address(like)
+    x = _dense_row(like, table[layer, 0] + offset, length)
+    return x, _dense_row(like, table[layer, 1] + offset, length)
+
+
+def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
+    """Compile the function that does for all layers of the table what a flat kernel does for one.
+
+    λ of the penalty and of the gradient come in a row for each layer.
+    """
+    element = _bits_of(dtype)
+    sum_row, zero, merge, _, magnitude, _, _, _, certified_of = _summing(norm, element)
+    root, anchored = norm is ActivityNorm.L2, dtype == FLOAT64
+    real = COMPUTE_DTYPES[dtype].type
+    update, quotient = _leave if root else _UPDATES[norm], _UPDATES[ActivityNorm.L2]
+    default, columns = float(np.finfo(real).eps), len(zero)
+    lam_of, total_of = (_both, _two_pairs) if columns == 4 else (_one, _pair)
+    edition = _edition(numba_cpu), parallel
+
+    def kernel(table, like, lams, strengths, epsilon, penalties):  # type: ignore[no-untyped-def]
+        _ = edition
+        layers = table.shape[0]
+        before = np.zeros(layers + 1, np.int64)  # how many blocks the layers before have
+        for layer in range(layers):
+            before[layer + 1] = before[layer] - (-table[layer, 2] // _BLOCK)
+        layer_of = np.empty(before[layers], np.int64)
+        for layer in range(layers):
+            layer_of[before[layer] : before[layer + 1]] = layer
+
+        totals = np.empty((layer_of.size, columns))
+        for b in numba.prange(layer_of.size):
+            layer = layer_of[b]
+            x, g = _block(like, table, layer, b - before[layer])
+            strength = lam_of(strengths, layer)
+            totals[b] = sum_row(x, g, zero, magnitude, update, strength, 0.0)
+
+        divisors = np.zeros(layers)  # of L2; 0 where nothing is added
+        for layer in range(layers):
+            total = zero
+            for b in range(before[layer], before[layer + 1]):
+                total = merge(total, total_of(totals, b))
+            bound = anchored_bound(table[layer, 2]) if anchored else PLAIN_BOUND
+            floor = default if math.isnan(epsilon) else epsilon
+            penalty, divisor, adds, certain = certified_of(
+                total, bound, lam_of(lams, layer), floor, root, real
+            )
+            penalties[layer] = penalty if certain else REFUSED if root else UNDECIDED
+            divisors[layer] = divisor if adds and certain else 0.0
+
+        if root:
+            for b in numba.prange(layer_of.size):
+                layer = layer_of[b]
+                if divisors[layer] != 0.0:
+                    x, g = _block(like, table, layer, b - before[layer])
+                    strength, divisor = strengths[layer, 0], divisors[layer]
+                    _sum_nothing(x, g, (0.0, 0.0), magnitude, quotient, strength, divisor)
+
+    like = types.Array(numba.from_dtype(element), 1, "C")
+    rows, floats = types.Array(types.float64, 2, "C"), types.Array(types.float64, 1, "C")
+    signature = types.void(_TABLE, like, rows, rows, types.float64, floats)
+    return _compiled(kernel, signature, parallel)
+
+
+def _layout_is_known() -> bool:
+    """Return whether an array object has its fields where :func:`_inspector` reads them."""
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    probe = np.zeros((3, 10), np.float32)[1:, ::2]
+
+    def read(offset: int, kind: Any = ctypes.c_int64) -> Any:
+        return kind.from_address(id(probe) + offset).value
+
+    shape = read(_SHAPE)
+    return (
+        np.ndarray.__basicsize__ >= _FLAGS + 4
+        and read(_DATA) == probe.__array_interface__["data"][0]
+        and read(_NDIM, ctypes.c_int32) == 2
+        and read(_DTYPE) == id(probe.dtype)
+        and read(_FLAGS, ctypes.c_int32) == probe.flags.num
+        and [ctypes.c_int64.from_address(shape + 8 * k).value for k in range(2)] == [2, 5]
+    )
+
+
+_LAYOUT_IS_KNOWN = _layout_is_known()

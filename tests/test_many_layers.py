@@ -1,0 +1,235 @@
+"""Many layers at once: the bits of a loop, in one compiled call where the arrays are plain."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actreg_dispatch import ActivityNorm, ActivityRegularization, MixedArraysError
+from actreg_dispatch.backends import many_arrays
+from actreg_dispatch.exact import binary64, exact_sum
+
+norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+SHAPES = [(5,), (), (0,), (3, 4), (0, 3), (2, 3, 4), (9000,), (33_333,), (1,)]
+
+
+def layers_of(shapes, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    xs = [np.asarray(rng.normal(size=shape)).astype(dtype) for shape in shapes]
+    gs = [np.asarray(rng.normal(size=shape)).astype(dtype) for shape in shapes]
+    return xs, gs
+
+
+def assert_as_in_a_loop(reg, xs, gs, **options):
+    """Compare with one call for each layer, whose bits other tests compare with exact numbers."""
+    alone = [g.copy() for g in gs]
+    expected = [reg.apply(x, g, **options) for x, g in zip(xs, alone, strict=True)]
+    total, penalties = reg.apply_all(xs, gs, **options)
+    assert [type(p) for p in penalties] == [type(p) for p in expected]
+    assert [p.tobytes() for p in penalties] == [p.tobytes() for p in expected]
+    assert [g.tobytes() for g in gs] == [g.tobytes() for g in alone]
+    exact = exact_sum(np.array(expected), ActivityNorm.L1) if all(map(np.isfinite, expected)) else 0
+    if exact:
+        assert total == np.array(expected).dtype.type(binary64(exact))
+    return total
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Count the calls that the compiled function takes."""
+    calls, real = [], many_arrays.apply_many
+
+    def watched(*arguments):
+        result = real(*arguments)
+        calls.append(result is not None)
+        return result
+
+    monkeypatch.setattr(many_arrays, "apply_many", watched)
+    return calls
+
+
+@norms
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:6], [(100_000,)], [(400,)] * 100, [(2, 0)]])
+def test_layers_are_done_as_in_a_loop(taken, norm, dtype, shapes):
+    assert_as_in_a_loop(ActivityRegularization(0.1, norm), *layers_of(shapes, dtype))
+    assert taken == [True]
+
+
+@norms
+@pytest.mark.parametrize("reduction", ["mean", "batch"])
+def test_each_layer_has_a_reduction_of_its_own(taken, norm, reduction):
+    shapes = [shape for shape in SHAPES if shape]
+    reg = ActivityRegularization(0.1, norm, reduction=reduction)
+    assert_as_in_a_loop(reg, *layers_of(shapes, np.float32), scale=-3.0)
+    assert taken == [True]
+
+
+@norms
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_layers_on_a_tie_take_an_exact_sum(taken, norm, dtype):
+    half_bit = 2.0**-24 if dtype == np.float32 else 2.0**-53
+    tie = [1.0, half_bit if norm is ActivityNorm.L1 else math.sqrt(half_bit), 0.0]
+    xs = [np.array(values, dtype) for values in ([1.0, 2.0], tie, [3.0])]
+    assert_as_in_a_loop(ActivityRegularization(1.0, norm), xs, [np.ones_like(x) for x in xs])
+    assert taken == [True]
+
+
+@norms
+def test_what_is_not_finite_stays_in_its_layer(norm):
+    xs = [np.array(values) for values in ([1.0, 2.0], [math.inf, 1.0], [3.0], [math.nan, 0.0])]
+    gs = [np.zeros_like(x) for x in xs]
+    total = assert_as_in_a_loop(ActivityRegularization(0.5, norm), xs, gs)
+    assert math.isnan(total)
+    assert np.isfinite(gs[0]).all()
+
+
+@norms
+def test_layers_that_are_not_plain_are_done_one_by_one(taken, norm):
+    xs, gs = layers_of([(6, 5), (4,), (7,)], np.float32)
+    room = np.zeros((6, 10), np.float32)
+    for odd in (room[:, ::2], np.asfortranarray(gs[0]), room[:, :5].astype(">f4")):
+        x = xs[0].astype(odd.dtype)
+        assert_as_in_a_loop(ActivityRegularization(0.1, norm), [xs[1], x], [gs[1], odd])
+    doubles = layers_of([(3,)], np.float64)
+    assert_as_in_a_loop(ActivityRegularization(0.1, norm), [*xs, *doubles[0]], [*gs, *doubles[1]])
+    assert taken == [False] * 4
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_the_backend_is_chosen_as_for_one_layer(name):
+    assert_as_in_a_loop(ActivityRegularization(0.1, backend=name), *layers_of(SHAPES, np.float32))
+
+
+def test_names_lead_to_the_penalties():
+    xs, gs = ({"a": np.ones(3), "b": np.full(2, -2.0)} for _ in range(2))
+    total, layers = ActivityRegularization(0.5).apply_all(xs, dict(reversed(gs.items())))
+    assert layers == {"a": 1.5, "b": 2.0}
+    assert total == 3.5
+    assert gs["b"].tolist() == [-2.5, -2.5]
+
+
+def test_no_layers_at_all():
+    assert ActivityRegularization(0.5).apply_all([], []) == (0.0, [])
+    assert ActivityRegularization(0.5).apply_all({}, {}) == (0.0, {})
+
+
+WRONG = {
+    "shape": (lambda x, g: (x, np.ones(4)), ValueError, r"^gradients\[1\] have shape \(4,\)"),
+    "dtype": (lambda x, g: (x, g.astype("f4")), TypeError, r"^gradients\[1\] have dtype float32"),
+    "list": (lambda x, g: ([1.0], g), TypeError, r"^activations\[1\] must be a NumPy or CuPy"),
+    "integers": (lambda x, g: (x.astype(int), g), TypeError, r"^activations\[1\] have dtype int64"),
+    "itself": (lambda x, g: (g, g), ValueError, r"^gradients\[1\] share memory with activations"),
+    "read-only": (
+        lambda x, g: (x, np.broadcast_to(g, g.shape)),
+        ValueError,
+        r"^gradients\[1\] are read-only",
+    ),
+}
+
+
+@norms
+@pytest.mark.parametrize("wrong", WRONG)
+def test_all_layers_are_checked_before_one_is_written(norm, wrong):
+    change, error, message = WRONG[wrong]
+    xs, gs = [np.ones(3) for _ in range(3)], [np.zeros(3) for _ in range(3)]
+    xs[1], gs[1] = change(xs[1], gs[1])
+    with pytest.raises(error, match=message):
+        ActivityRegularization(0.5, norm).apply_all(xs, gs)
+    assert not gs[0].any()
+    assert not gs[2].any()
+
+
+def test_layers_that_share_memory_are_refused():
+    room, x = np.zeros(100), np.ones(40)
+    apart, over = (room[:40], room[40:80]), (room[:40], room[39:79])
+    reg = ActivityRegularization(0.5)
+    with pytest.raises(ValueError, match=r"gradients\[1\] and gradients\[0\] share memory.*copies"):
+        reg.apply_all([x, x], over)
+    with pytest.raises(ValueError, match=r"activations\['a'\] share memory; the update"):
+        reg.apply_all({"a": room[:40], "b": x}, {"a": room[60:], "b": room[20:60]})
+    assert not room.any()
+    assert reg.apply_all([x, x], apart).total == 40.0  # activations may be shared
+    assert (room[:80] == 0.5).all()
+    interleaved = room[80:100:2], room[81:100:2]
+    assert reg.apply_all([x[:10], x[:10]], interleaved).total == 10.0
+    assert (room[80:] == 0.5).all()
+
+
+@given(data=st.data())
+def test_any_places_in_memory(data):
+    """Layers anywhere in one buffer are done if no byte of gradients belongs to anything else."""
+    buffer = np.zeros(60)
+    places = data.draw(
+        st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 10)), max_size=4)
+    )
+    reads = [range(x, x + n) for x, _, n in places]
+    writes = [range(g, g + n) for _, g, n in places]
+    written = [place for part in writes for place in part]
+    legal = len({*written}) == len(written) and not {*written} & {p for r in reads for p in r}
+    buffer[sorted({p for r in reads for p in r})] = 2.0
+    before = buffer.copy()
+    xs, gs = ([buffer[part.start : part.stop] for part in parts] for parts in (reads, writes))
+    reg = ActivityRegularization(0.5)
+    if legal:
+        assert [float(p) for p in reg.apply_all(xs, gs).layers] == [float(x.size) for x in xs]
+        before[written] += 0.5
+    else:
+        with pytest.raises(ValueError, match="share memory"):
+            reg.apply_all(xs, gs)
+    assert buffer.tolist() == before.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.ones((2, 3)), [np.ones(3)]), TypeError, "activations are a ndarray; pass lists"),
+        (([np.ones(3)], {"a": np.ones(3)}), TypeError, "gradients are a dict; pass lists"),
+        (([np.ones(3)], []), ValueError, "gradients has 0 layers but activations has 1"),
+        (({"a": np.ones(3)}, {"b": np.ones(3)}), ValueError, "differ in the layers 'a', 'b'"),
+    ],
+)
+def test_layers_that_do_not_pair_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ActivityRegularization(0.5).apply_all(*arguments)
+
+
+def test_a_strength_too_large_for_a_layer_is_refused():
+    gradients = [np.zeros(2), np.zeros(2, np.float32)]
+    with pytest.raises(ValueError, match="lam=1e\\+300 is too large for float32"):
+        ActivityRegularization(1e300).apply_all([np.ones(2), np.ones(2, np.float32)], gradients)
+    with pytest.raises(ValueError, match="lam=1e\\+300 is too large for float32"):
+        ActivityRegularization(1e300).apply_all([np.ones(2, np.float32)], gradients[1:])
+    with pytest.raises(TypeError, match="scale='2' is of type str"):
+        ActivityRegularization(0.5).apply_all([np.ones(2)], gradients[:1], scale="2")
+    assert not any(g.any() for g in gradients)
+
+
+def test_the_layout_of_array_objects_is_known_here():
+    assert many_arrays._LAYOUT_IS_KNOWN
+
+
+def test_where_the_layout_is_not_known_layers_are_done_one_by_one(monkeypatch):
+    monkeypatch.setattr(many_arrays, "_LAYOUT_IS_KNOWN", False)
+    assert_as_in_a_loop(ActivityRegularization(0.1), *layers_of(SHAPES, np.float32))
+
+
+@norms
+def test_layers_on_a_device(cupy, norm):
+    xs, gs = layers_of([(5,), (0,), (3, 4), ()], np.float32)
+    reg = ActivityRegularization(0.1, norm)
+    expected = [g.copy() for g in gs]
+    total, layers = reg.apply_all(xs, expected)
+    there = [cupy.asarray(x) for x in xs], [cupy.asarray(g) for g in gs]
+    found = reg.apply_all(*there)
+    assert found.total.get() == total
+    assert [float(p) for p in found.layers] == [float(p) for p in layers]
+    assert [g.get().tobytes() for g in there[1]] == [g.tobytes() for g in expected]
+    with pytest.raises(MixedArraysError, match="activations are of several libraries"):
+        reg.apply_all([xs[0], there[0][0]], [gs[0], there[1][0]])
