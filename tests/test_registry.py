@@ -338,7 +338,7 @@ def test_importing_the_package_imports_no_array_library(python):
     code = """
 import sys
 import actreg_dispatch
-heavy = {"numba", "cupy", "dask", "torch", "matplotlib", "sklearn", "rich", "ml_dtypes"}
+heavy = {"numba", "cupy", "dask", "jax", "torch", "matplotlib", "sklearn", "rich", "ml_dtypes"}
 print(sorted(heavy & set(sys.modules)))
 """
     assert python("-c", code).stdout == "[]\n"
@@ -351,10 +351,10 @@ import numpy as np
 from actreg_dispatch import ActivityRegularization
 reg = ActivityRegularization.l1(0.5, backend="numpy")
 reg.apply(np.ones(3), np.zeros(3))
-print(sorted({"numba", "cupy", "dask", "torch"} & set(sys.modules)))
+print(sorted({"numba", "cupy", "dask", "jax", "torch"} & set(sys.modules)))
 reg = ActivityRegularization.l1(0.5)
 reg.apply(np.ones(3), np.zeros(3))
-print(sorted({"numba", "cupy", "dask", "torch"} & set(sys.modules)))
+print(sorted({"numba", "cupy", "dask", "jax", "torch"} & set(sys.modules)))
 """
     assert python("-c", code).stdout == "[]\n['numba']\n"
 

@@ -1,0 +1,659 @@
+"""JAX arrays: the bits of the promise under every transformation, derivatives, devices, threads."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from actreg_dispatch import (
+    ActivityNorm,
+    ActivityRegularization,
+    BackendUnavailableError,
+    UnknownBackendError,
+    register_backend,
+    use_backend,
+)
+from actreg_dispatch.backends import reference
+from actreg_dispatch.exact import exact_result
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+import actreg_dispatch.jax as actreg_jax  # noqa: E402  # where there is a jax to import
+
+norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
+dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+
+PLAIN = {
+    ActivityNorm.L1: lambda x: 0.1 * jnp.sum(jnp.abs(x)),
+    ActivityNorm.L2: lambda x: 0.1 * jnp.sqrt(jnp.sum(x * x)),
+    ActivityNorm.L2_SQUARED: lambda x: 0.1 * jnp.sum(x * x),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float64():
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture(params=["buffers", "values"])
+def callbacks(request, monkeypatch):
+    """Run callbacks on XLA's buffers, and, as on devices other than the CPU, on values."""
+    if request.param == "values":
+        monkeypatch.setattr(actreg_jax, "buffer_callback", None)
+    actreg_jax._callback.cache_clear()
+    yield request.param
+    actreg_jax._callback.cache_clear()
+
+
+def values_of(shape, dtype, seed=0):
+    values = np.random.default_rng(seed).normal(size=shape)
+    return np.where(values > 1, 0.0, values).astype(jnp.dtype(dtype))
+
+
+def exact(values, norm, lam=0.1, scale=1.0, epsilon=None):
+    return exact_result(values, np.zeros_like(values), norm, lam, epsilon, scale)
+
+
+def assert_same_bits(found, expected):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert found.tobytes() == expected.tobytes(), (found, expected)
+
+
+def scanned(function):
+    """Evaluate in the body of a loop."""
+    return lambda x: jax.lax.scan(lambda carry, _: (carry, function(x)), 0.0, jnp.arange(2))[1][1]
+
+
+# The bits.
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (7, 5), (1500,)], ids=str)
+def test_the_penalty_is_exactly_rounded_on_every_route(norm, dtype, shape):
+    values = values_of(shape, dtype)
+    expected, _ = exact(values, norm)
+    reg, x = ActivityRegularization(0.1, norm), jnp.asarray(values)
+    for function in (reg.penalty, lambda x: actreg_jax.penalty(reg, x)):
+        for route in (function, jax.jit(function), jax.checkpoint(function), scanned(function)):
+            assert isinstance(route(x), jax.Array)
+            assert_same_bits(route(x), expected)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (7, 5), (1500,)], ids=str)
+def test_the_gradient_is_exactly_rounded_on_every_route(norm, dtype, shape):
+    values = values_of(shape, dtype)
+    expected = exact(values, norm)
+    reg, x = ActivityRegularization(0.1, norm), jnp.asarray(values)
+    for route in (
+        reg.penalty_and_gradient,
+        jax.jit(reg.penalty_and_gradient),
+        jax.value_and_grad(reg.penalty),
+        jax.jit(jax.value_and_grad(reg.penalty)),
+        jax.value_and_grad(jax.jit(reg.penalty)),
+        jax.value_and_grad(jax.checkpoint(reg.penalty)),
+        jax.jit(jax.value_and_grad(jax.checkpoint(reg.penalty))),
+        jax.value_and_grad(scanned(reg.penalty)),
+    ):
+        for found, wanted in zip(route(x), expected, strict=True):
+            assert_same_bits(found, wanted)
+    assert_same_bits(x, values)
+
+
+@norms
+@pytest.mark.parametrize("size", [40_001, 300_001])  # the large one is dispatched to another thread
+def test_large_arrays_are_exactly_rounded_in_callbacks(callbacks, norm, size):
+    values = values_of(size, "float32")
+    reg, x = ActivityRegularization(0.1, norm), jnp.asarray(values)
+    expected = exact(values, norm) if size < 100_000 else reg.penalty_and_gradient(values)
+    for route in (jax.jit(reg.penalty_and_gradient), jax.jit(jax.value_and_grad(reg.penalty))):
+        for found, wanted in zip(route(x), expected, strict=True):
+            assert_same_bits(found, wanted)
+
+
+@norms
+@pytest.mark.parametrize("scale", [65536.0, -0.1, 0.0, 1e-45, 1e37])
+def test_the_scale_is_rounded_once_wherever_it_comes_from(norm, scale):
+    values = values_of(50, "float32")
+    reg, x = ActivityRegularization(0.1, norm), jnp.asarray(values)
+    expected = exact(values, norm, scale=scale)
+    for route in (
+        reg.penalty_and_gradient,
+        jax.jit(reg.penalty_and_gradient, static_argnames="scale"),
+    ):
+        for found, wanted in zip(route(x, scale=scale), expected, strict=True):
+            assert_same_bits(found, wanted)
+    rounded = np.float32(scale)  # what a traced float32 can hold
+    expected = exact(values, norm, scale=float(rounded))
+    for route in (reg.penalty_and_gradient, jax.jit(reg.penalty_and_gradient)):
+        for found, wanted in zip(route(x, scale=jnp.asarray(rounded)), expected, strict=True):
+            assert_same_bits(found, wanted)
+    pulled = jax.vjp(reg.penalty, x)[1](jnp.asarray(rounded))[0]
+    assert_same_bits(pulled, expected[1])
+
+
+@norms
+def test_the_scale_may_be_traced_where_the_activations_are_not(norm):
+    values = values_of(50, "float32")
+    reg = ActivityRegularization(0.1, norm)
+    found = jax.jit(lambda scale: reg.penalty_and_gradient(jnp.asarray(values), scale=scale))(3.0)
+    for result, wanted in zip(found, exact(values, norm, scale=3.0), strict=True):
+        assert_same_bits(result, wanted)
+
+
+@norms
+def test_under_vmap_each_example_has_its_own_penalty_and_cotangent(callbacks, norm):
+    values = values_of((4, 3, 6), "float32")
+    weights = np.float32([1.0, -0.3, 0.0, 1e-3])
+    rows = [
+        exact(row, norm, scale=float(weight)) for row, weight in zip(values, weights, strict=True)
+    ]
+    penalties = np.array([penalty for penalty, _ in rows])
+    gradients = np.array([gradient for _, gradient in rows])
+    reg, x = ActivityRegularization(0.1, norm), jnp.asarray(values)
+
+    def weighted(x):
+        return jnp.sum(jax.vmap(reg.penalty)(x) * weights)
+
+    for wrap in (lambda function: function, jax.jit):
+        assert_same_bits(wrap(jax.vmap(reg.penalty))(x), penalties)
+        assert_same_bits(wrap(jax.grad(weighted))(x), gradients)
+        found = wrap(jax.vmap(lambda x, w: reg.penalty_and_gradient(x, scale=w)))(x, weights)
+        assert_same_bits(found[0], penalties)
+        assert_same_bits(found[1], gradients)
+        turned = wrap(jax.vmap(jax.grad(reg.penalty), in_axes=2, out_axes=2))
+        first = exact(np.ascontiguousarray(values[:, :, 0]), norm)[1]
+        assert_same_bits(turned(x)[:, :, 0], first)
+
+
+@norms
+def test_vmap_over_the_scale_alone_and_vmap_within_vmap(callbacks, norm):
+    values = values_of((2, 3, 5), "float32")
+    scales = np.float32([2.0, -1.0, 0.5])
+    reg = ActivityRegularization(0.1, norm)
+
+    def gradient(x, scale):
+        return reg.penalty_and_gradient(x, scale=scale)[1]
+
+    found = jax.vmap(gradient, (None, 0))(jnp.asarray(values[0]), scales)
+    expected = [exact(values[0], norm, scale=float(scale))[1] for scale in scales]
+    assert_same_bits(found, np.array(expected))
+    found = jax.jit(jax.vmap(jax.vmap(gradient, (0, None)), (None, 0)))(values[0], scales)
+    expected = [[exact(row, norm, scale=float(scale))[1] for row in values[0]] for scale in scales]
+    assert_same_bits(found, np.array(expected))
+    found = jax.vmap(jax.vmap(jax.grad(reg.penalty)))(jnp.asarray(values))
+    expected = [[exact(row, norm)[1] for row in matrix] for matrix in values]
+    assert_same_bits(found, np.array(expected))
+
+
+@norms
+@pytest.mark.parametrize("size", [6, 300_000])
+def test_subnormal_numbers_are_not_flushed_in_threads_of_xla(callbacks, norm, size):
+    values = np.resize(np.float32([1e-40, -3e-42, 2e-45, 0.0, 1e-20, 3e-20]), size)
+    for lam in (1.0, 1e-20):
+        reg = ActivityRegularization(lam, norm, epsilon=0.0 if norm == "l2" else None)
+        expected = reg.penalty_and_gradient(values)
+        if size < 100:
+            for found, wanted in zip(
+                expected, exact(values, norm, lam, 1.0, reg.epsilon), strict=True
+            ):
+                assert_same_bits(found, wanted)
+        x = jnp.asarray(values)
+        for route in (jax.jit(reg.penalty_and_gradient), jax.jit(jax.value_and_grad(reg.penalty))):
+            for found, wanted in zip(route(x), expected, strict=True):
+                assert_same_bits(found, wanted)
+
+
+def test_a_callback_leaves_the_thread_as_it_found_it():
+    from actreg_dispatch.subnormals import subnormals_kept
+
+    seen = []
+
+    def look(x):
+        def half():
+            return float(np.float32(1e-40) * np.float32(0.5))
+
+        before = half()
+        with subnormals_kept():
+            within = half()
+        seen.append((before, within, half()))
+        return np.asarray(x)
+
+    x = jnp.ones(3)
+    jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(look, x, x))(x))
+    ((before, within, after),) = seen
+    assert within == float(np.float32(5e-41))
+    assert before == after
+
+
+def test_the_threads_of_the_kernels_keep_subnormals_though_a_callback_started_them(python):
+    code = """
+import jax, numpy as np
+from actreg_dispatch import ActivityRegularization
+values = np.full(300_000, 1e-40, np.float32)
+reg = ActivityRegularization.l2_squared(0.25)
+found = jax.jit(jax.grad(reg.penalty))(values)  # the first parallel kernel of the process
+assert (np.asarray(found) == np.float32(5e-41)).all()
+gradients = np.zeros_like(values)
+reg.apply(values, gradients)
+assert (gradients == np.float32(5e-41)).all()
+print("done")
+"""
+    assert python("-W", "error", "-c", code).stdout == "done\n"
+
+
+def test_arrays_that_have_values_take_no_callback(monkeypatch):
+    monkeypatch.setattr(actreg_jax, "_called_back", None)
+    reg, x = ActivityRegularization.l2(1.0), jnp.asarray([3.0, 4.0])
+    assert float(reg.penalty(x)) == 5.0
+    assert jax.grad(reg.penalty)(x).tolist() == [0.6, 0.8]
+    penalty, gradient = reg.penalty_and_gradient(x)
+    assert float(penalty) == 5.0
+    assert not np.asarray(gradient).flags.writeable
+    assert gradient.tolist() == [0.6, 0.8]
+
+
+@norms
+def test_nan_and_infinity_propagate(norm):
+    values = np.float32([1.0, np.inf, 0.0, -np.inf, np.nan])
+    for x in (values, values[:4]):
+        reg = ActivityRegularization(0.5, norm)
+        expected = reg.penalty_and_gradient(x)
+        for route in (jax.value_and_grad(reg.penalty), jax.jit(jax.value_and_grad(reg.penalty))):
+            for found, wanted in zip(route(jnp.asarray(x)), expected, strict=True):
+                assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("reduction", "count"), [("mean", 21), ("batch", 3)])
+def test_reductions_divide_the_strength_in_callbacks(reduction, count):
+    values = values_of((3, 7), "float32")
+    reg = ActivityRegularization.l2(0.1, reduction=reduction)
+    expected = exact(values, ActivityNorm.L2, 0.1 / count)
+    for found, wanted in zip(
+        jax.jit(jax.value_and_grad(reg.penalty))(values), expected, strict=True
+    ):
+        assert_same_bits(found, wanted)
+    hessian = 0.1 / count * np.asarray(jax.hessian(PLAIN[ActivityNorm.L2])(values)) / 0.1
+    assert_allclose(jax.hessian(reg.penalty)(jnp.asarray(values)), hessian, rtol=1e-4, atol=1e-6)
+
+
+def test_pieces_add_up_to_the_penalty():
+    reg, x = ActivityRegularization.l2(0.1), jnp.asarray(values_of(100, "float32"))
+    total = sum(reg.partial_sum(piece) for piece in (x[:30], x[30:]))
+    assert_same_bits(reg.finish(total), reg.penalty(x))
+
+
+# Derivatives.
+
+
+def test_the_gradient_is_zero_at_zero():
+    zeros = jnp.zeros(3)
+    for norm in ActivityNorm:
+        reg = ActivityRegularization(0.1, norm)
+        assert jax.grad(reg.penalty)(zeros).tolist() == [0.0, 0.0, 0.0]
+        assert jax.jit(jax.grad(reg.penalty))(zeros).tolist() == [0.0, 0.0, 0.0]
+    assert jax.grad(PLAIN[ActivityNorm.L1])(zeros).tolist() != [0.0, 0.0, 0.0]  # what JAX has
+    assert np.isnan(jax.grad(PLAIN[ActivityNorm.L2])(zeros)).all()
+
+
+@norms
+@dtypes
+def test_first_derivatives_agree_with_those_of_jax(norm, dtype):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5)), jnp.dtype(dtype))
+    found = jax.grad(ActivityRegularization(0.1, norm).penalty)(x)
+    expected = jax.grad(PLAIN[norm])(x.astype("float64"))
+    rtol = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-6, "float64": 1e-14}[dtype]
+    assert_allclose(found.astype("float64"), expected, rtol=rtol)
+
+
+@norms
+def test_higher_derivatives_agree_with_those_of_jax(norm):
+    x, v = (jnp.asarray(np.random.default_rng(seed).normal(size=5)) for seed in (1, 2))
+    ours, theirs = ActivityRegularization(0.1, norm).penalty, PLAIN[norm]
+    for second in (
+        jax.hessian,
+        lambda function: jax.jacrev(jax.jacrev(function)),
+        lambda function: lambda x: jax.jvp(jax.grad(function), (x,), (v,)),
+        lambda function: jax.grad(lambda x: jnp.vdot(jax.grad(function)(x), v)),
+        lambda function: jax.jacfwd(jax.hessian(function)),
+        lambda function: jax.grad(lambda x: jnp.sum(jax.hessian(function)(x) ** 2)),
+    ):
+        found, expected = (jax.jit(second(function))(x) for function in (ours, theirs))
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-12, atol=1e-15), found, expected)
+    batch = jnp.stack([x, v])
+    found, expected = (jax.vmap(jax.hessian(function))(batch) for function in (ours, theirs))
+    assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert_array_equal(jax.hessian(ours)(x), found[0])
+
+
+@norms
+def test_penalty_and_gradient_are_differentiable(norm):
+    x, s = jnp.asarray(np.random.default_rng(3).normal(size=5)), jnp.asarray(0.7)
+    reg = ActivityRegularization(0.1, norm)
+
+    def ours(x, s):
+        penalty, gradient = reg.penalty_and_gradient(x, scale=s)
+        return penalty + jnp.sum(gradient**3)
+
+    def theirs(x, s):
+        return PLAIN[norm](x) + jnp.sum((s * jax.grad(PLAIN[norm])(x)) ** 3)
+
+    for mode in (jax.grad, jax.jacfwd):
+        found, expected = (mode(function, argnums=(0, 1))(x, s) for function in (ours, theirs))
+        assert_allclose(found[0], expected[0], rtol=1e-12)
+        assert_allclose(found[1], expected[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-200, 1e200])
+def test_second_derivatives_of_l2_are_finite_at_zero_and_far_out(size):
+    x = jnp.asarray([3.0, -4.0, 0.0]) * size
+    reg = ActivityRegularization.l2(1.0, epsilon=0.0)
+    found = jax.hessian(reg.penalty)(x)
+    unit = np.array([0.6, -0.8, 0.0])
+    wanted = (np.eye(3) - np.outer(unit, unit)) / (5.0 * size) if size else np.zeros((3, 3))
+    assert_allclose(found, wanted, rtol=1e-14, atol=1e-16 / (size or 1.0))
+    if not size:
+        assert not jax.jit(jax.jacrev(jax.hessian(reg.penalty)))(x).any()
+
+
+def test_second_derivatives_of_l2_are_zero_where_it_has_no_gradient():
+    x = jnp.asarray([0.3, 0.4])
+    assert not jax.hessian(ActivityRegularization.l2(1.0, epsilon=0.26).penalty)(x).any()
+    assert jax.hessian(ActivityRegularization.l2(1.0, epsilon=0.24).penalty)(x).all()
+
+
+def test_forward_mode_of_the_penalty_is_an_error_not_a_wrong_number():
+    x = jnp.ones(3)
+    for wrap in (lambda function: function, jax.jit):
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jvp(wrap(ActivityRegularization.l1(0.1).penalty), (x,), (x,))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jacfwd(ActivityRegularization.l1(0.1).penalty)(x)
+
+
+# What is refused, and when.
+
+
+def test_arrays_that_cannot_be_written_are_refused_with_a_way_out():
+    reg, x = ActivityRegularization.l1(0.1), jnp.ones(3)
+    for call in (
+        lambda: reg.apply(x, jnp.zeros(3)),
+        lambda: reg.apply(x, np.zeros(3)),
+        lambda: reg.add_gradient(x, jnp.zeros(3)),
+        lambda: jax.jit(reg.apply)(x, x),
+        lambda: reg.penalty_and_gradient(x, jnp.zeros(3)),
+        lambda: reg.penalty_and_gradient(x, out=np.zeros(3)),
+    ):
+        with pytest.raises(
+            TypeError,
+            match=r"immutable; add what penalty_and_gradient.*actreg_dispatch\.jax\.penalty.*grad",
+        ):
+            call()
+    with pytest.raises(TypeError, match=r"^out "):
+        reg.penalty_and_gradient(x, jnp.zeros(3))
+    with pytest.raises(TypeError, match=r"^gradients "):
+        reg.apply(x, jnp.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "complex64", "uint8", "float8_e4m3fn"])
+def test_other_dtypes_are_refused_while_tracing(dtype):
+    reg, x = ActivityRegularization.l1(0.1), jnp.ones(3, dtype)
+    for call in (reg.penalty, reg.penalty_and_gradient, reg.partial_sum, jax.jit(reg.penalty)):
+        with pytest.raises(TypeError, match=rf"activations have dtype {dtype}; convert them"):
+            call(x)
+
+
+def test_random_keys_are_no_activations():
+    with pytest.raises(TypeError, match="activations have dtype key"):
+        ActivityRegularization.l1(0.1).penalty(jax.random.key(0))
+
+
+@pytest.mark.parametrize("wrong", [np.ones(3), [1.0], 2.0, None])
+def test_the_function_takes_jax_arrays_alone(wrong):
+    reg = ActivityRegularization.l1(0.1)
+    for function in (actreg_jax.penalty, actreg_jax.penalty_and_gradient, actreg_jax.partial_sum):
+        with pytest.raises(TypeError, match=r"must be a JAX array.*jax\.numpy\.asarray"):
+            function(reg, wrong)
+
+
+def test_the_first_argument_is_a_regularization():
+    with pytest.raises(TypeError, match=r"reg=0\.1 is no ActivityRegularization; make one"):
+        actreg_jax.penalty(0.1, jnp.ones(3))
+
+
+def test_a_strength_too_large_is_told_while_tracing():
+    reg = ActivityRegularization.l1(1e39)
+    for call in (reg.penalty, reg.penalty_and_gradient, jax.jit(reg.penalty)):
+        with pytest.raises(ValueError, match=r"lam=1e\+39 is too large for float32 activations"):
+            call(jnp.ones(3, "float32"))
+
+
+@pytest.mark.parametrize("wrong", ["2", 1j, None, np.ones(2), [1.0]])
+def test_a_scale_that_is_no_number_is_refused(wrong):
+    reg, x = ActivityRegularization.l1(0.1), jnp.ones(3)
+
+    def call(x):
+        return reg.penalty_and_gradient(x, scale=wrong)
+
+    for route in (call, jax.jit(call)):
+        with pytest.raises(TypeError, match=r"scale=.*pass a real number"):
+            route(x)
+
+
+@pytest.mark.parametrize("wrong", [jnp.ones(2), jnp.asarray(1), jnp.asarray(True), jnp.asarray(1j)])
+def test_an_array_for_a_scale_is_floating_and_has_no_axes(wrong):
+    reg, x = ActivityRegularization.l1(0.1), jnp.ones(3)
+    for call in (reg.penalty_and_gradient, jax.jit(reg.penalty_and_gradient)):
+        with pytest.raises(TypeError, match=r"scale has shape .* pass a real number"):
+            call(x, scale=wrong)
+
+
+def test_a_partial_sum_is_no_traced_value():
+    with pytest.raises(TypeError, match=r"activations are traced.*outside of jit"):
+        jax.jit(lambda x: float(ActivityRegularization.l1(0.1).partial_sum(x)))(jnp.ones(3))
+
+
+def test_a_regularization_is_closed_over_not_passed():
+    reg, x = ActivityRegularization.l1(0.1), jnp.ones(3)
+    with pytest.raises(TypeError, match="ActivityRegularization"):
+        jax.jit(actreg_jax.penalty)(reg, x)
+    with pytest.raises(ValueError, match="hashable"):
+        jax.jit(actreg_jax.penalty, static_argnums=0)(reg, x)
+    assert_same_bits(jax.jit(lambda x: actreg_jax.penalty(reg, x))(x), reg.penalty(x))
+
+
+def test_the_strength_is_that_of_the_time_of_tracing():
+    reg, x = ActivityRegularization.l1(1.0), jnp.ones(3)
+    compiled = jax.jit(reg.penalty)
+    assert float(compiled(x)) == 3.0
+    reg.lam = 2.0
+    assert float(compiled(x)) == 3.0
+    assert float(jax.jit(lambda x: reg.penalty(x))(x)) == float(reg.penalty(x)) == 6.0
+    assert jax.vmap(reg.penalty)(x).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_the_backend_is_that_of_the_time_of_tracing(monkeypatch):
+    reg, x = ActivityRegularization.l1(1.0), jnp.ones(5)
+    calls = []
+
+    def spy(*arguments):
+        calls.append(threading.get_ident())
+        return reference_penalty(*arguments)
+
+    reference_penalty = reference.penalty
+    monkeypatch.setattr(reference, "penalty", spy)
+    with use_backend("numpy"):
+        compiled = jax.jit(reg.penalty).lower(x).compile()
+    del calls[:]
+    assert float(compiled(x)) == 5.0
+    assert len(calls) == 1
+    assert float(jax.jit(lambda x: reg.penalty(x))(x)) == 5.0
+    assert len(calls) == 1
+
+
+def test_a_backend_that_cannot_run_is_told_while_tracing(monkeypatch, registered):
+    def broken():
+        raise ImportError("not today")
+
+    register_backend("broken", broken, array_type="numpy.ndarray", install="Mend it")
+    reg, x = ActivityRegularization.l1(1.0, backend="broken"), jnp.ones(5)
+    with pytest.raises(BackendUnavailableError, match=r"not today.*Mend it"):
+        jax.jit(reg.penalty)(x)
+    monkeypatch.setenv("ACTREG_BACKEND", "bogus")
+    with pytest.raises(UnknownBackendError, match="ACTREG_BACKEND='bogus'"):
+        jax.jit(ActivityRegularization.l1(1.0).penalty)(x)
+
+
+def test_where_numba_cannot_keep_subnormals_traced_arrays_are_refused(monkeypatch):
+    actreg_jax._callback.cache_clear()
+    monkeypatch.setitem(sys.modules, "actreg_dispatch.subnormals", None)
+    reg, x = ActivityRegularization.l1(1.0, backend="numpy"), jnp.ones(5)
+    with pytest.raises(BackendUnavailableError, match=r"flush subnormal.*outside of jit"):
+        jax.jit(reg.penalty)(x)
+    assert float(reg.penalty(x)) == 5.0
+
+
+# Where results are.
+
+
+def test_results_are_where_the_activations_are_and_a_sharded_array_is_taken_as_a_whole(python):
+    code = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from actreg_dispatch import ActivityRegularization
+
+first, second = jax.devices()
+values = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
+
+def same(found, expected):
+    return np.asarray(found).tobytes() == np.asarray(expected).tobytes()
+
+mesh = Mesh(np.array([first, second]), "d")
+halves = NamedSharding(mesh, PartitionSpec("d"))
+for norm in ("l1", "l2", "l2_squared"):
+    reg = ActivityRegularization(0.1, norm)
+    penalty, gradient = reg.penalty_and_gradient(values)
+    for device in (first, second):
+        x = jax.device_put(values, device)
+        for route in (reg.penalty_and_gradient, jax.jit(reg.penalty_and_gradient),
+                      jax.value_and_grad(reg.penalty), jax.jit(jax.value_and_grad(reg.penalty))):
+            found = route(x)
+            assert same(found[0], penalty) and same(found[1], gradient)
+            assert all(a.devices() == {device} and a.committed for a in found)
+        with jax.default_device(device):
+            x = jax.numpy.asarray(values)
+        found = reg.penalty_and_gradient(x)
+        assert not any(a.committed for a in found) and found[1].devices() == {device}
+    x = jax.device_put(values, halves)
+    for route in (reg.penalty_and_gradient, jax.jit(reg.penalty_and_gradient),
+                  jax.value_and_grad(reg.penalty), jax.jit(jax.value_and_grad(reg.penalty))):
+        found = route(x)
+        assert same(found[0], penalty) and same(found[1], gradient)
+        assert all(a.devices() == {first, second} for a in found)
+        jax.block_until_ready(found[0] + x + found[1])  # goes together with other arrays
+    assert reg.penalty_and_gradient(x)[1].sharding == halves
+    assert reg.partial_sum(x) == reg.partial_sum(values)
+    rows = np.array([reg.penalty_and_gradient(row)[1] for row in values])
+    assert same(jax.vmap(jax.grad(reg.penalty))(x), rows)
+    assert same(jax.jit(jax.vmap(jax.grad(reg.penalty)))(x), rows)
+    pieces = values.reshape(2, 4, 5)
+    found = jax.pmap(jax.grad(reg.penalty))(pieces)
+    assert same(found, np.array([reg.penalty_and_gradient(piece)[1] for piece in pieces]))
+print("done")
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    assert python("-c", code, XLA_FLAGS=flags).stdout == "done\n"
+
+
+# In other people's processes.
+
+
+def test_jax_is_left_as_it_was(python):
+    code = """
+import sys, warnings
+import jax, numpy as np
+before = dict(jax.config.values)
+import actreg_dispatch
+assert "actreg_dispatch.jax" not in sys.modules
+x = jax.numpy.ones(3)
+reg = actreg_dispatch.ActivityRegularization.l1(0.5)
+for route in (reg.penalty, jax.jit(reg.penalty), jax.grad(reg.penalty), reg.penalty_and_gradient):
+    for result in jax.tree.leaves(route(x)):
+        assert result.dtype == np.float32
+assert "actreg_dispatch.jax" in sys.modules
+assert dict(jax.config.values) == before and not jax.config.jax_enable_x64
+assert jax.numpy.ones(3, float).dtype == np.float32
+"""
+    assert python("-W", "error", "-c", code).stderr == ""
+
+
+def test_who_has_no_jax_arrays_loads_no_jax(python):
+    code = """
+import sys
+import numpy as np
+from actreg_dispatch import ActivityRegularization
+reg = ActivityRegularization.l1(0.5)
+reg.penalty_and_gradient(np.ones(3))
+try:
+    reg.penalty([1.0])
+except TypeError:
+    pass
+print([name for name in sys.modules if name.split(".")[0] in ("jax", "jaxlib")])
+"""
+    assert python("-c", code).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_many_threads_compile_and_compute_at_once(python, layer):
+    probe = python(
+        "-c", "import numba; numba.get_num_threads()", check=False, NUMBA_THREADING_LAYER=layer
+    )
+    if probe.returncode and layer != "workqueue":
+        pytest.skip(f"Numba has no threading layer {layer} here")
+    code = """
+import faulthandler, threading
+import jax, jax.numpy as jnp, numpy as np
+from actreg_dispatch import ActivityRegularization
+
+faulthandler.dump_traceback_later(200, exit=True)
+values = np.random.default_rng(0).normal(size=200_003).astype(np.float32)
+regs = [ActivityRegularization(0.1, norm) for norm in ("l1", "l2", "l2_squared")]
+expected = [reg.penalty_and_gradient(values) for reg in regs]
+wrong, rounds = [], [0] * 4
+
+def work(number):
+    x = jnp.asarray(values)
+    for turn in range(8):
+        for reg, (penalty, gradient) in zip(regs, expected):
+            both = jax.jit(lambda x: (jax.value_and_grad(reg.penalty)(x * 1), reg.penalty(x + 0)))
+            pending = [both(x) for _ in range(3)]
+            pending.append((reg.penalty_and_gradient(x), penalty))
+            for (found, slope), alone in pending:
+                same = np.asarray(slope).tobytes() == gradient.tobytes()
+                if not (same and found == penalty == alone):
+                    wrong.append((number, turn, reg))
+        rounds[number] += 1
+
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not wrong, wrong
+assert rounds == [8] * 4
+print("done")
+"""
+    done = python("-c", code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
+    assert done.stdout == "done\n", done.stderr
