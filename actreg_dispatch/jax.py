@@ -8,10 +8,11 @@ The numbers come from the CPU kernels on every route, so they have the bits that
 
 * An array that has values is read where it is if that is the CPU, and copied to the host if it is
   on another device or spread over several.
-* What is traced becomes a callback. On the CPU that is ``buffer_callback``: the kernels read and
-  write XLA's own buffers. ``pure_callback``, which serves the other devices, would copy both ways
-  and wait for JAX inside of JAX, so that a callback could wait for a thread that waits for it.
-  There, an array that is spread over several devices is gathered and computed on each.
+* What is traced becomes a callback, which is given an array that is spread over several devices as
+  a whole. On the CPU it is a ``buffer_callback``: the kernels read and write XLA's own buffers.
+  ``pure_callback``, which serves the other devices, makes JAX arrays of what comes and copies what
+  goes; 1e6 float32 there and back take it 3.3 ms instead of 1.0. It also has to wait for these
+  arrays in a thread that JAX may need to make them.
 
 XLA flushes subnormal numbers to zero in its threads; for the time of a callback they are kept.
 """
@@ -95,6 +96,8 @@ def penalty(reg: ActivityRegularization, activations: jax.Array) -> jax.Array:
     ``jacfwd``) of the penalty itself is refused by JAX. Derivatives of the gradient, in either
     mode, are right to rounding, computed by JAX; with them ``jax.hessian`` works. For L1 they are
     0.
+
+    Under ``vmap`` the examples are computed one after the other, at some 4 µs each or more.
 
     Examples
     --------
@@ -238,6 +241,11 @@ def _stored_dtype(activations: Any) -> np.dtype[Any]:
             f"activations have dtype {dtype}; convert them to float32 or float64, "
             f"for example with activations.astype(jax.numpy.float32)"
         )
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:  # results would become float32
+        raise TypeError(
+            "activations have dtype float64, but 64-bit types are switched off; "
+            "convert them to float32, or set jax_enable_x64"
+        )
     return dtype
 
 
@@ -297,7 +305,7 @@ def _both_at_once(reg: ActivityRegularization, activations: Any, scale: float) -
     return value, gradient
 
 
-def _placed(activations: Any, *results: Any) -> list[Any]:
+def _placed(activations: Any, *results: Any) -> Any:
     """Return a penalty and perhaps a gradient as JAX arrays where ``activations`` are.
 
     They are committed to the device if the activations are. A gradient is spread over several as
@@ -306,12 +314,12 @@ def _placed(activations: Any, *results: Any) -> list[Any]:
     arrays, sharding = [np.asarray(result) for result in results], activations.sharding
     if len(sharding.device_set) > 1:
         everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-        return jax.device_put(arrays, [everywhere, sharding][: len(arrays)])  # type: ignore[no-any-return]
+        return jax.device_put(arrays, [everywhere, sharding][: len(arrays)])
     (device,) = sharding.device_set
     if activations.committed:
-        return jax.device_put(arrays, device)  # type: ignore[no-any-return]
+        return jax.device_put(arrays, device)
     with jax.default_device(device):
-        return jax.device_put(arrays)  # type: ignore[no-any-return]
+        return jax.device_put(arrays)
 
 
 def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

@@ -203,7 +203,7 @@ def test_vmap_over_the_scale_alone_and_vmap_within_vmap(callbacks, norm):
 def test_subnormal_numbers_are_not_flushed_in_threads_of_xla(callbacks, norm, size):
     values = np.resize(np.float32([1e-40, -3e-42, 2e-45, 0.0, 1e-20, 3e-20]), size)
     for lam in (1.0, 1e-20):
-        reg = ActivityRegularization(lam, norm, epsilon=0.0 if norm == "l2" else None)
+        reg = ActivityRegularization(lam, norm, epsilon=0.0 if norm is ActivityNorm.L2 else None)
         expected = reg.penalty_and_gradient(values)
         if size < 100:
             for found, wanted in zip(
@@ -413,6 +413,23 @@ def test_other_dtypes_are_refused_while_tracing(dtype):
     for call in (reg.penalty, reg.penalty_and_gradient, reg.partial_sum, jax.jit(reg.penalty)):
         with pytest.raises(TypeError, match=rf"activations have dtype {dtype}; convert them"):
             call(x)
+
+
+def test_float64_is_refused_where_its_results_would_become_float32(python):
+    code = """
+import jax, numpy as np
+from actreg_dispatch import ActivityRegularization
+jax.config.update("jax_enable_x64", True)
+x = jax.numpy.ones(3, float)
+jax.config.update("jax_enable_x64", False)
+for call in (ActivityRegularization.l1(0.5).penalty, ActivityRegularization.l1(0.5).partial_sum):
+    try:
+        call(x)
+    except TypeError as error:
+        print(error)
+"""
+    told = python("-W", "error", "-c", code).stdout
+    assert told.count("activations have dtype float64, but 64-bit types are switched off; ") == 2
 
 
 def test_random_keys_are_no_activations():
