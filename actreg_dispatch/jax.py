@@ -11,8 +11,8 @@ The numbers come from the CPU kernels on every route, so they have the bits that
 * What is traced becomes a callback, which is given an array that is spread over several devices as
   a whole. On the CPU it is a ``buffer_callback``: the kernels read and write XLA's own buffers.
   ``pure_callback``, which serves the other devices, makes JAX arrays of what comes and copies what
-  goes; 1e6 float32 there and back take it 3.3 ms instead of 1.0. It also has to wait for these
-  arrays in a thread that JAX may need to make them.
+  goes: L1 and its gradient, of 1e6 float32 on two cores, take 1.2 ms with it and 0.3 without. It
+  also has to wait for these arrays in a thread that JAX may need to make them.
 
 XLA flushes subnormal numbers to zero in its threads; for the time of a callback they are kept.
 """
@@ -144,10 +144,10 @@ def penalty_and_gradient(
     --------
     >>> import jax, jax.numpy as jnp
     >>> from actreg_dispatch import ActivityRegularization
-    >>> reg = ActivityRegularization.l2(1.0)
+    >>> reg = ActivityRegularization.l2_squared(0.25)
     >>> value, gradient = jax.jit(reg.penalty_and_gradient)(jnp.array([3.0, 4.0]))
     >>> float(value), gradient.tolist()
-    (5.0, [0.6000000238418579, 0.800000011920929])
+    (6.25, [1.5, 2.0])
     """
     _check(reg, activations)
     if out is not None:

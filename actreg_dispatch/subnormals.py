@@ -43,27 +43,24 @@ def subnormals_kept() -> Iterator[None]:
         _set_control(found)
 
 
-def _on_intel(builder: Any, name: str, slot: Any) -> None:
-    """Store MXCSR in ``slot``, or load it from there."""
-    pointer = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(ir.VoidType(), [pointer]), f"llvm.x86.sse.{name}"
-    )
-    builder.call(function, [builder.bitcast(slot, pointer)])
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """Call the function of LLVM that is an instruction of the processor."""
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
 @intrinsic
 def _read(typingctx):  # type: ignore[no-untyped-def]
     """Return the control register of this thread's floating-point unit, a uint64."""
-    long = ir.IntType(64)
 
     def intel(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         slot = cgutils.alloca_once(builder, ir.IntType(32))
-        _on_intel(builder, "stmxcsr", slot)
-        return builder.zext(builder.load(slot), long)
+        pointer = builder.bitcast(slot, ir.IntType(8).as_pointer())
+        _call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), pointer)
+        return builder.zext(builder.load(slot), ir.IntType(64))
 
     def arm(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.asm(ir.FunctionType(long, []), "mrs $0, fpcr", "=r", [], True)
+        return _call(builder, "llvm.aarch64.get.fpcr", ir.IntType(64))
 
     return types.uint64(), intel if _INTEL else arm
 
@@ -71,16 +68,16 @@ def _read(typingctx):  # type: ignore[no-untyped-def]
 @intrinsic
 def _write(typingctx, value):  # type: ignore[no-untyped-def]
     """Overwrite that register."""
-    long = ir.IntType(64)
 
     def intel(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         slot = cgutils.alloca_once(builder, ir.IntType(32))
         builder.store(builder.trunc(arguments[0], ir.IntType(32)), slot)
-        _on_intel(builder, "ldmxcsr", slot)
+        pointer = builder.bitcast(slot, ir.IntType(8).as_pointer())
+        _call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), pointer)
         return context.get_dummy_value()
 
     def arm(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        builder.asm(ir.FunctionType(ir.VoidType(), [long]), "msr fpcr, $0", "r", arguments, True)
+        _call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.uint64), intel if _INTEL else arm
