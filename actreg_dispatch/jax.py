@@ -33,7 +33,7 @@ from actreg_dispatch.errors import BackendUnavailableError
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import requested
 from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.rounding import PartialSum, compute_dtype, round_to
+from actreg_dispatch.rounding import PairedSum, PartialSum, compute_dtype, round_to
 from actreg_dispatch.validation import check_real
 
 try:
@@ -49,7 +49,7 @@ _ALIGNMENT = 64  # bytes; XLA takes over a NumPy array that lies so, and copies 
 class _Settings(NamedTuple):
     """What a traced computation keeps of a regularization: all of it, as it is at that time."""
 
-    lam: float
+    lam: float | tuple[float, float]
     norm: ActivityNorm
     epsilon: float | None
     reduction: str
@@ -59,8 +59,8 @@ class _Settings(NamedTuple):
 def penalty(reg: ActivityRegularization, activations: jax.Array) -> jax.Array:
     r"""Return the penalty of ``activations``, differentiably.
 
-    λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``; also what
-    ``reg.penalty(activations)`` returns. The gradient is that of
+    λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``, λ₁·Σ|xᵢ| + λ₂·Σxᵢ²
+    for ``"l1_l2_squared"``; also what ``reg.penalty(activations)`` returns. The gradient is that of
     :meth:`~actreg_dispatch.ActivityRegularization.apply`: 0 at 0 for L1, 0 for L2 where
     Σxᵢ² ≤ ``epsilon``. What comes in from further up, the cotangent, multiplies λ as ``scale``
     does, for each example of a ``vmap`` on its own.
@@ -161,8 +161,8 @@ def penalty_and_gradient(
     return _evaluate(_settled(reg), number, activations, traced)  # type: ignore[no-any-return]
 
 
-def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> PartialSum:
-    """Return Σ|x| for ``"l1"``, Σx² for the others, exactly; on the host, for which this waits.
+def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> PartialSum | PairedSum:
+    """Return the sum that the norm takes, exactly; on the host, for which this waits.
 
     Raises
     ------
@@ -195,7 +195,7 @@ def add_gradient(
     reg: ActivityRegularization,
     activations: jax.Array,
     gradients: Any,
-    total: PartialSum | None = None,
+    total: PartialSum | PairedSum | None = None,
     *,
     count: int | None = None,
     scale: Any = 1.0,
@@ -394,7 +394,7 @@ def _inner(gradient: Any, dx: Any) -> Any:
 def _curvature(settings: _Settings, x: Any, dx: Any) -> Any:
     """Return the second derivative of the penalty times ``dx``, in JAX's own arithmetic.
 
-    0 for L1, λ·2·dx for squared L2, λ·(dx − u·⟨u, dx⟩)/‖x‖ with u = x/‖x‖ for L2.
+    0 for L1, λ·2·dx for squared L2, also beside L1, λ·(dx − u·⟨u, dx⟩)/‖x‖ with u = x/‖x‖ for L2.
     """
     reg = _regularization(settings)
     lam, _, epsilon = reg._constants(x.dtype, reg._count(x))
@@ -402,6 +402,8 @@ def _curvature(settings: _Settings, x: Any, dx: Any) -> Any:
         return jnp.zeros_like(dx)
     if settings.norm is ActivityNorm.L2_SQUARED:
         return lam * 2 * dx
+    if settings.norm is ActivityNorm.L1_L2_SQUARED:
+        return lam[1] * 2 * dx
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
     unit = jnp.where(largest > 0, largest, 1)  # so that squares stay in range
     square = jnp.sum(jnp.square(x / unit))

@@ -874,7 +874,9 @@ def _limits(norm: ActivityNorm, dtype: np.dtype[Any]) -> tuple[float, float]:
 def _zeros_like(array: Any, kind: str) -> Any:
     """Return zeros of the shape, dtype, order and device of ``array``."""
     if kind not in (NUMPY, CUPY):
-        return array.__array_namespace__().zeros_like(array)  # what the array API standard asks for
+        if not hasattr(array, "__array_namespace__"):  # of the array API standard
+            raise TypeError(f"a gradient for a {kind} cannot be made; pass an array as out")
+        return array.__array_namespace__().zeros_like(array)
     order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
     if kind == NUMPY:
         return np.zeros(array.shape, array.dtype, order)

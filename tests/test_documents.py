@@ -24,6 +24,13 @@ def test_the_examples_of_the_readme_run():
             exec(compile(block, "README.md", "exec"), {})
 
 
+def test_the_example_of_another_array_type_runs(python, tmp_path):
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "example.py").write_text(example, encoding="utf-8")
+    python(str(tmp_path / "example.py"))
+
+
 def test_type_checkers_are_told_that_the_package_is_typed(python):
     code = """
 from importlib.resources import files

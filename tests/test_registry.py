@@ -220,6 +220,8 @@ def test_the_nearest_base_class_decides(registered, monkeypatch, served_by):
 def test_a_registered_backend_serves_its_array_type(toy, served_by):
     assert "toy" in available_backends()
     assert served_by(ToyArray(1.0, -2.0)) == "toy"
+    with pytest.raises(TypeError, match=r"gradient for a toylib.Array cannot be made; pass.* out"):
+        ActivityRegularization(0.5).penalty_and_gradient(ToyArray(1.0))
 
 
 def test_a_backend_may_register_another_while_it_loads(registered):
