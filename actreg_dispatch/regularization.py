@@ -558,8 +558,8 @@ class ActivityRegularization:
     def apply_all(self, activations: Any, gradients: Any, *, scale: float = _UNSCALED) -> Penalties:
         """Do :meth:`apply` for many layers at once, each with a penalty of its own.
 
-        Contiguous NumPy arrays of one dtype are done in one parallel region, which takes a fraction
-        of the time of a loop if they are small.
+        Contiguous arrays of one dtype are done in one parallel region, or on a device by as many
+        launches as one array takes, which is a fraction of the time of a loop if they are small.
 
         Parameters
         ----------
@@ -627,12 +627,12 @@ class ActivityRegularization:
         self, labels: list[Any], xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float
     ) -> list[Any]:
         """Check all layers, then do one after the other."""
-        kinds, pairs, arrays = set(), [], []
+        kinds, pairs, arrays, constants, choices = set(), [], [], [], []
         for label, x, g in zip(labels, xs, gs, strict=True):
             kind, x = check_activations(x, f"activations[{label!r}]")
             g = check_gradients(x, g, kind, f"gradients[{label!r}]")
-            self._constants(x.dtype, self._count(x), scale)
-            self._choose(kind, x, g)
+            constants.append(self._constants(x.dtype, self._count(x), scale))
+            choices.append(self._choose(kind, x, g))
             kinds.add(kind)
             pairs.append((kind, x, g))
             if kind in (NUMPY, CUPY):
@@ -644,6 +644,12 @@ class ActivityRegularization:
                 f"call apply_all for each"
             )
         check_apart(arrays)
+        if kinds == {CUPY} and {target for _, target in choices} == {CUPY}:
+            apply_many = getattr(choices[0][0], "apply_many", None)
+            _, xs, gs = zip(*pairs, strict=True)
+            layers = apply_many and apply_many(xs, gs, self._norm, constants)
+            if layers is not None:
+                return layers  # type: ignore[no-any-return]
         return [self._update(kind, x, g, scale) for kind, x, g in pairs]
 
     def _update(

@@ -221,15 +221,60 @@ def test_where_the_layout_is_not_known_layers_are_done_one_by_one(monkeypatch):
 
 
 @norms
-def test_layers_on_a_device(cupy, norm):
-    xs, gs = layers_of([(5,), (0,), (3, 4), ()], np.float32)
-    reg = ActivityRegularization(0.1, norm)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("reduction", ["sum", "batch"])
+def test_layers_on_a_device(cupy, norm, dtype, reduction):
+    if dtype == ml_dtypes.bfloat16 and int(cupy.__version__.split(".")[0]) < 14:
+        pytest.skip("CuPy has no bfloat16 before version 14")
+    xs, gs = layers_of([(0,), (5,), (3, 4), (1,), (0, 2), (3000,), (4097,), (0,)], dtype)
+    reg = ActivityRegularization(0.1, norm, reduction=reduction)
     expected = [g.copy() for g in gs]
-    total, layers = reg.apply_all(xs, expected)
+    total, layers = reg.apply_all(xs, expected, scale=-2.5)
     there = [cupy.asarray(x) for x in xs], [cupy.asarray(g) for g in gs]
-    found = reg.apply_all(*there)
+    found = reg.apply_all(*there, scale=-2.5)
     assert found.total.get() == total
-    assert [float(p) for p in found.layers] == [float(p) for p in layers]
+    assert {type(p) for p in found.layers} == {cupy.ndarray}
+    assert [p.get().tobytes() for p in found.layers] == [p.tobytes() for p in layers]
     assert [g.get().tobytes() for g in there[1]] == [g.tobytes() for g in expected]
+
+
+def test_layers_on_a_device_that_are_not_plain_are_done_one_by_one(cupy):
+    reg, room = ActivityRegularization(0.1), cupy.zeros((3, 8), np.float32)
+    xs = [cupy.ones((3, 4), np.float32), cupy.ones(2)]
+    penalties = reg.apply_all(xs, [room[:, ::2], cupy.zeros(2)])
+    assert [float(p) for p in penalties.layers] == [float(reg.penalty(x)) for x in xs]
+    assert (room[:, ::2] == np.float32(0.1)).all()
+    assert not room[:, 1::2].any()
+    empty = reg.apply_all([cupy.zeros(0)], [cupy.zeros(0)])
+    assert float(empty.total) == 0.0
+
+
+@norms
+def test_layers_of_several_libraries_are_refused(cupy, norm):
+    here, there = ([module.ones(3), module.zeros(3)] for module in (np, cupy))
     with pytest.raises(MixedArraysError, match="activations are of several libraries"):
-        reg.apply_all([xs[0], there[0][0]], [gs[0], there[1][0]])
+        ActivityRegularization(0.1, norm).apply_all([here[0], there[0]], [here[1], there[1]])
+    assert not here[1].any()
+
+
+@norms
+def test_as_many_launches_for_all_layers_as_for_one(cupy, norm):
+    from actreg_dispatch.backends import cupy_cuda, many_cupy_arrays
+
+    launches = 3 if norm is ActivityNorm.L2 else 2
+    xs, gs = [cupy.ones(10) for _ in range(20)], [cupy.zeros(10) for _ in range(20)]
+    reg, calls = ActivityRegularization(0.1, norm), []
+
+    def counting(kernel):
+        return lambda *arguments, **options: calls.append(kernel) or kernel(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (cupy_cuda, many_cupy_arrays):
+            for name, value in vars(module).items():
+                if isinstance(value, (cupy.ElementwiseKernel, cupy.ReductionKernel)):
+                    patch.setattr(module, name, counting(value))
+                elif name in ("_PASSES", "_FINISHES"):
+                    patch.setattr(module, name, {n: counting(k) for n, k in value.items()})
+        many_cupy_arrays.apply_many(xs, gs, norm, [reg._constants(xs[0].dtype, 1)] * 20)
+    assert len(calls) == launches
+    assert all((g != 0).all() for g in gs)

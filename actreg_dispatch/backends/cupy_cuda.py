@@ -55,7 +55,7 @@ _OPTIONS = ("--fmad=false",)
 def _walk(use: str, *, updates: bool) -> str:
     """Return the loop of a thread that does ``use`` with ``value[b]`` (and ``old[b]``) of each j.
 
-    ``i`` is the number of the thread, ``step`` that of all threads, ``count`` that of the elements.
+    ``start`` is the number of the thread, ``step`` that of all, ``count`` that of the elements.
     """
     each = """
             #pragma unroll
@@ -65,12 +65,13 @@ def _walk(use: str, *, updates: bool) -> str:
             }}"""
     load = "value[b] = C(x[j]);" + (" old[b] = C(g[j]);" if updates else "")
     return f"""
-        for (ptrdiff_t first = i; first < count; first += BATCH * step) {{
+        for (ptrdiff_t first = start; first < count; first += BATCH * step) {{
             C value[BATCH], old[BATCH];{each.format(load)}{each.format(use)}
         }}"""
 
 
 _STRENGTHS = """
+        const ptrdiff_t start = i;
         using C = typename compute<T>::type;
         C strength, second_strength;
         narrow(wide_strength, strength);
@@ -255,6 +256,18 @@ def apply(
         if norm is ActivityNorm.L2:
             _launch(_UPDATE_L2, strength, results[1], arrays=(activations, gradients))
         return results[0]
+
+
+def apply_many(
+    activations: list[cupy.ndarray],
+    gradients: list[cupy.ndarray],
+    norm: ActivityNorm,
+    constants: list[tuple[Any, Any, float]],
+) -> list[cupy.ndarray] | None:
+    """Do what the module :mod:`many_cupy_arrays` does, loaded when it is needed."""
+    from actreg_dispatch.backends import many_cupy_arrays
+
+    return many_cupy_arrays.apply_many(activations, gradients, norm, constants)
 
 
 def add_gradient(

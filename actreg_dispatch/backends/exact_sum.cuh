@@ -196,6 +196,15 @@ __device__ inline places either(const places& a, const places& b) {
     return {min(a.low, b.low), max(a.high, b.high)};
 }
 
+// The same by one thread.
+__device__ inline places places_of(const long long* digits) {
+    places used = {PLACES + 2, -1};
+    for (int k = 0; k < PLACES + 2; ++k) {
+        if (digits[k] != 0) used = either(used, places{k, k});
+    }
+    return used;
+}
+
 // x * 2^e where neither the result nor x * 2^(e/2) is subnormal or infinite.
 __device__ inline double power_of_two(int e) {
     return __longlong_as_double((long long)(1023 + e) << 52);
@@ -287,13 +296,9 @@ template <typename C> __device__ inline void finish(
 // For two sums: the digits of the second follow those of the first.
 template <typename C> __device__ inline void finish_both(
     const places& used, const long long* digits, double lam, double second_lam, C& penalty) {
-    const long long* second_digits = digits + PLACES + 2;
-    places second_used = {PLACES + 2, -1};
-    for (int k = 0; k < PLACES + 2; ++k) {
-        if (second_digits[k] != 0) second_used = either(second_used, places{k, k});
-    }
-    const double first = rounded_sum(digits, used).times(lam);
-    narrow(first + rounded_sum(second_digits, second_used).times(second_lam), penalty);
+    const long long* second = digits + PLACES + 2;
+    const double product = rounded_sum(digits, used).times(lam);
+    narrow(product + rounded_sum(second, places_of(second)).times(second_lam), penalty);
 }
 
 // For L2. The divisor is the norm, or 0 where there is no gradient.
