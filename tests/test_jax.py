@@ -32,6 +32,7 @@ PLAIN = {
     ActivityNorm.L1: lambda x: 0.1 * jnp.sum(jnp.abs(x)),
     ActivityNorm.L2: lambda x: 0.1 * jnp.sqrt(jnp.sum(x * x)),
     ActivityNorm.L2_SQUARED: lambda x: 0.1 * jnp.sum(x * x),
+    ActivityNorm.L1_L2_SQUARED: lambda x: 0.1 * jnp.sum(jnp.abs(x)) + 0.1 * jnp.sum(x * x),
 }
 
 
