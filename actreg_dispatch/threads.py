@@ -3,32 +3,53 @@
 As Numba ships them, parallel kernels end or hang the process in two ordinary situations: in a
 forked child whose parent has used OpenMP, be it through Numba or through another library; and
 where a second thread enters one, with the layer ``workqueue``. There the kernels run serially.
+So they do where the caller says that the processors have work already.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-__all__ = ["lock_over_fork", "may_use_threads", "threading_layer"]
+__all__ = ["lock_over_fork", "may_use_threads", "serially", "threading_layer"]
 
 _LOGGER = logging.getLogger("actreg_dispatch")
 _MAIN_THREAD = threading.main_thread().ident
+
+_SERIALLY: ContextVar[bool] = ContextVar("actreg_dispatch_serially", default=False)
 
 _layer: str | None = None  # "" if there is none
 
 
 def may_use_threads() -> bool:
     """Return whether a parallel kernel may be launched from this thread of this process."""
+    if _SERIALLY.get():
+        return False
     if os.getpid() != _PROCESS:  # a forked child: the threads of its parent were not forked with it
         return False
     layer = threading_layer()
     if layer == "workqueue":  # which takes one caller at a time: no other thread may come
         return threading.get_ident() == _MAIN_THREAD and threading.active_count() == 1
     return layer != ""
+
+
+@contextlib.contextmanager
+def serially() -> Iterator[None]:
+    """Let kernels run serially inside a ``with`` block, in this thread or asyncio task.
+
+    For a caller that keeps every processor busy with a piece each. Numba's settings are left alone.
+    """
+    token = _SERIALLY.set(True)
+    try:
+        yield
+    finally:
+        _SERIALLY.reset(token)
 
 
 def threading_layer() -> str:
