@@ -58,7 +58,7 @@ LIBRARIES = {
     "torch.Tensor": "actreg_dispatch.torch",
     "jax.Array": "actreg_dispatch.jax",
     "jax.core.Tracer": "actreg_dispatch.jax",
-    "dask.array.core.Array": "actreg_dispatch.dask",
+    "dask.array.Array": "actreg_dispatch.dask",
 }
 """Array type -> the module that leads arrays of another library to the backends."""
 

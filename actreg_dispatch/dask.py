@@ -1,0 +1,312 @@
+"""Dask arrays: penalty and gradient as lazy Dask arrays, with the bits of the whole array.
+
+A task for each chunk takes its exact partial sum, a tree of tasks adds these up, and one more
+finishes the penalty. Since the sums are exact, the chunks make no difference. A chunk of the
+gradient depends on the same chunk of the activations alone or, for ``"l2"``, on the total, too.
+
+What the result depends on is settled when the graph is built: λ, the other options, and the backend
+that ``backend=``, :func:`~actreg_dispatch.use_backend` or ``ACTREG_BACKEND`` asks for in the
+process that builds it. Whether the backend can run is found out where the chunks are. Tasks run
+serial kernels: the workers are the threads.
+
+The chunks may be NumPy or CuPy arrays. The penalty is of their kind, the partial sums are on the
+host.
+
+Notes
+-----
+``"l2"`` reads every chunk twice, and Dask keeps those that it has read until the total is known. Of
+activations larger than memory, take the total first, and then what needs it:
+
+>>> import dask.array as da
+>>> import numpy as np
+>>> from actreg_dispatch import ActivityRegularization
+>>> reg = ActivityRegularization.l2(1.0)
+>>> activations = da.from_array(np.array([3.0, 0.0, 0.0, 4.0]), chunks=2)
+>>> total = reg.partial_sum(activations).compute()
+>>> def gradient(chunk):
+...     added = np.zeros_like(chunk)
+...     reg.add_gradient(chunk, added, total)
+...     return added
+>>> activations.map_blocks(gradient, dtype=activations.dtype).compute()
+array([0.6, 0. , 0. , 0.8])
+>>> float(reg.finish(total))
+5.0
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import dask
+import dask.array as da
+import numpy as np
+from dask.base import normalize_token, tokenize
+
+from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.registry import NUMPY, requested
+from actreg_dispatch.regularization import ActivityRegularization, _zeros_like
+from actreg_dispatch.rounding import COMPUTE_DTYPES, PartialSum
+from actreg_dispatch.threads import serially
+from actreg_dispatch.transfer import move
+from actreg_dispatch.validation import check_activations
+
+__all__ = ["add_gradient", "apply", "partial_sum", "penalty", "penalty_and_gradient"]
+
+
+def penalty(reg: ActivityRegularization, activations: da.Array) -> da.Array:
+    """Return the penalty of ``activations``, lazily.
+
+    Parameters
+    ----------
+    reg : ActivityRegularization
+        As it is now; later changes of ``lam`` change nothing.
+    activations : dask.array.Array
+        Of any chunks, also of unknown lengths.
+
+    Returns
+    -------
+    dask.array.Array
+        0-d, in the compute dtype T, of NumPy or CuPy as the chunks are.
+
+    Raises
+    ------
+    TypeError
+        If the chunks are not NumPy or CuPy arrays of a supported dtype.
+    ValueError
+        If ``lam`` is too large for their dtype.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> from actreg_dispatch import ActivityRegularization
+    >>> activations = da.arange(-3.0, 3.0, chunks=2)
+    >>> penalty = ActivityRegularization.l1(0.5).penalty(activations)
+    >>> penalty.shape, float(penalty.compute())
+    ((), 4.5)
+    """
+    return _penalty(_as_of_now(reg), activations)[0]
+
+
+def partial_sum(reg: ActivityRegularization, activations: da.Array) -> Any:
+    """Return Σ|x| for ``"l1"``, Σx² for the others, exactly and lazily.
+
+    Parameters
+    ----------
+    reg, activations
+        As for :func:`penalty`.
+
+    Returns
+    -------
+    dask.delayed.Delayed
+        Of a :class:`~actreg_dispatch.rounding.PartialSum`. It adds up with other partial sums,
+        lazy or not; compute it before ``finish``.
+
+    Raises
+    ------
+    TypeError
+        As for :func:`penalty`.
+    """
+    reg = _as_of_now(reg)
+    check_activations(activations._meta)
+    return dask.delayed(_total(reg, activations))
+
+
+def penalty_and_gradient(
+    reg: ActivityRegularization, activations: da.Array, out: None = None, *, scale: float = 1.0
+) -> tuple[da.Array, da.Array]:
+    """Return the penalty of ``activations`` and its gradient, lazily.
+
+    Parameters
+    ----------
+    reg, activations
+        As for :func:`penalty`.
+    out : None
+        A Dask array cannot be written; store the gradient instead.
+    scale : float, default 1.0
+        Multiplies λ for the gradient alone.
+
+    Returns
+    -------
+    penalty : dask.array.Array
+        As :func:`penalty` returns it.
+    gradient : dask.array.Array
+        Of the dtype, chunks and kind of ``activations``.
+
+    Raises
+    ------
+    TypeError
+        As for :func:`penalty`, if ``scale`` is no real number, or ``out`` is given.
+    ValueError
+        As for :func:`penalty`.
+    """
+    if out is not None:
+        raise TypeError(
+            "out cannot be written by a Dask array, which is lazy; leave it out and store the "
+            "gradient that is returned, for example with dask.array.store(gradient, out)"
+        )
+    reg = _as_of_now(reg)
+    penalty, total, count = _penalty(reg, activations, scale)
+    shared = total if reg.norm is ActivityNorm.L2 else None
+    task = partial(_gradient_chunk, reg=reg, scale=float(scale))
+    gradient = _each("actreg-gradient", task, activations, shared, count, meta=activations._meta)
+    return penalty, gradient
+
+
+def apply(reg: ActivityRegularization, activations: Any, gradients: Any, *, scale: Any) -> NoReturn:
+    """Refuse to update Dask arrays in place.
+
+    Dask can replace what one array object stands for, but a slice of an array is another object,
+    and an update of that would be lost silently.
+    """
+    raise TypeError(
+        "gradients of Dask activations cannot be updated in place; write penalty, gradient = "
+        "reg.penalty_and_gradient(activations) and then gradients = gradients + gradient"
+    )
+
+
+def add_gradient(
+    reg: ActivityRegularization,
+    activations: Any,
+    gradients: Any,
+    total: Any,
+    *,
+    count: Any,
+    scale: Any,
+) -> NoReturn:
+    """Refuse to update Dask arrays in place; see :func:`apply`."""
+    raise TypeError(
+        "gradients of Dask activations cannot be updated in place; use penalty_and_gradient, or "
+        "call add_gradient on each chunk in dask.array.map_blocks"
+    )
+
+
+@normalize_token.register(ActivityRegularization)  # type: ignore[untyped-decorator]
+def _token(reg: ActivityRegularization) -> Any:
+    """Return what the names of tasks depend on, so that equal ones are done once."""
+    return type(reg).__module__, type(reg).__qualname__, sorted(reg.__getstate__().items())
+
+
+def _as_of_now(reg: ActivityRegularization) -> ActivityRegularization:
+    """Return a copy with the backend that is asked for here, which workers do not know."""
+    reg = copy.copy(reg)
+    reg._backend, _ = requested(reg.backend)
+    return reg
+
+
+def _penalty(
+    reg: ActivityRegularization, activations: da.Array, scale: float = 1.0
+) -> tuple[da.Array, da.Array, Any]:
+    """Return the penalty, the sum that it is made of, and what λ is divided by, all lazy.
+
+    What is wrong is complained about here rather than by a task, if it shows without computing.
+    """
+    kind, meta = check_activations(activations._meta)
+    count = _count(reg, activations)
+    reg._constants(meta.dtype, count if isinstance(count, int) else 1, scale)
+    total = _total(reg, activations)
+    zero = np.zeros_like(meta, COMPUTE_DTYPES[meta.dtype], shape=())
+    task = partial(_finish, reg=reg, kind=kind)
+    penalty = _each("actreg-penalty", task, total, count, meta=zero)
+    return penalty, total, count
+
+
+def _total(reg: ActivityRegularization, activations: da.Array) -> da.Array:
+    """Return the sum over all chunks: a 0-d array whose one chunk is a :class:`PartialSum`."""
+    return _added_up("actreg-sum", partial(_sum_chunk, reg=reg), activations)
+
+
+def _each(
+    name: str, task: Callable[..., Any], array: da.Array, *shared: Any, meta: Any
+) -> da.Array:
+    """Return what ``task`` makes of each chunk; ``shared`` are constants and 0-d arrays."""
+    axes = tuple(range(array.ndim))
+    pairs = [(each, () if isinstance(each, da.Array) else None) for each in shared]
+    return da.blockwise(
+        task,
+        axes,
+        array,
+        axes,
+        *itertools.chain(*pairs),
+        name=f"{name}-{tokenize(task, array, *shared)}",
+        align_arrays=False,
+        dtype=meta.dtype,
+        meta=meta,
+    )
+
+
+def _added_up(name: str, task: Callable[..., Any], array: da.Array) -> da.Array:
+    """Return the sum of what ``task`` returns for each chunk, added up in a tree."""
+    return da.reduction(
+        array,
+        task,
+        _add_up,
+        name=name,
+        concatenate=False,
+        dtype=object,
+        meta=np.empty((), object),
+    )
+
+
+def _count(reg: ActivityRegularization, activations: da.Array) -> Any:
+    """Return what λ is divided by: an int, or a 0-d array where that takes computing."""
+    lengths = {"sum": (), "mean": activations.shape, "batch": activations.shape[:1]}
+    if not any(map(math.isnan, lengths[reg.reduction])):
+        return reg._count(activations)
+    if reg.reduction == "batch":  # the chunks along the first axis
+        activations = activations.blocks[(slice(None), *(0,) * (activations.ndim - 1))]
+    return _added_up("actreg-count", partial(_count_chunk, reg=reg), activations)
+
+
+# Tasks.
+
+
+def _sum_chunk(
+    chunk: Any, axis: Any, keepdims: Any, computing_meta: bool = False, *, reg: Any
+) -> Any:
+    return chunk if computing_meta else reg.partial_sum(_array(chunk))
+
+
+def _count_chunk(
+    chunk: Any, axis: Any, keepdims: Any, computing_meta: bool = False, *, reg: Any
+) -> Any:
+    return chunk if computing_meta else chunk.size if reg.reduction == "mean" else len(chunk)
+
+
+def _add_up(sums: Any, axis: Any, keepdims: Any, computing_meta: bool = False) -> Any:
+    """Return the sum of lists of lists of numbers; ``keepdims`` asks for no more than one."""
+    if isinstance(sums, list):
+        return sum(_add_up(each, axis, keepdims) for each in sums)
+    return sums
+
+
+def _finish(total: PartialSum, count: int, *, reg: ActivityRegularization, kind: str) -> Any:
+    result = reg.finish(total, count=count)
+    return result if kind == NUMPY else move(result, NUMPY, kind)
+
+
+def _gradient_chunk(
+    chunk: Any,
+    total: PartialSum | None,
+    count: int,
+    *,
+    reg: ActivityRegularization,
+    scale: float,
+) -> Any:
+    chunk = _array(chunk)
+    kind, plain = check_activations(chunk)
+    gradient = _zeros_like(plain, kind)
+    # Measured on two cores with two workers, 2e7 elements in 16 chunks, L1, ms in parallel and
+    # serially: float32 23 and 18, float64 55 and 54; in 64 chunks 42 and 37, 72 and 68.
+    with serially():
+        reg.add_gradient(plain, gradient, total, count=count, scale=scale)
+    return gradient
+
+
+def _array(chunk: Any) -> Any:
+    """Return the chunk, which Dask may have made a scalar if it has no axes, as an array."""
+    return np.asarray(chunk) if isinstance(chunk, np.generic) else chunk
