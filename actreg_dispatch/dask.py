@@ -49,7 +49,7 @@ from dask.base import normalize_token, tokenize
 
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import NUMPY, requested
-from actreg_dispatch.regularization import ActivityRegularization, _zeros_like
+from actreg_dispatch.regularization import ActivityRegularization, _checked_scale, _zeros_like
 from actreg_dispatch.rounding import COMPUTE_DTYPES, PartialSum
 from actreg_dispatch.threads import serially
 from actreg_dispatch.transfer import move
@@ -104,7 +104,8 @@ def partial_sum(reg: ActivityRegularization, activations: da.Array) -> Any:
     -------
     dask.delayed.Delayed
         Of a :class:`~actreg_dispatch.rounding.PartialSum`. It adds up with other partial sums,
-        lazy or not; compute it before ``finish``.
+        lazy or not; compute it before ``finish``, and not in one ``dask.compute`` with arrays:
+        Dask 2026.8 returns the results of arrays before those of what else stands between them.
 
     Raises
     ------
@@ -113,7 +114,10 @@ def partial_sum(reg: ActivityRegularization, activations: da.Array) -> Any:
     """
     reg = _as_of_now(reg)
     check_activations(activations._meta)
-    return dask.delayed(_total(reg, activations))
+    total = _total(reg, activations)
+    if hasattr(total, "to_delayed"):
+        return total.to_delayed().item()
+    return dask.delayed(total)  # an expression of query planning, which is experimental in Dask
 
 
 def penalty_and_gradient(
@@ -149,10 +153,10 @@ def penalty_and_gradient(
             "out cannot be written by a Dask array, which is lazy; leave it out and store the "
             "gradient that is returned, for example with dask.array.store(gradient, out)"
         )
-    reg = _as_of_now(reg)
-    penalty, total, count = _penalty(reg, activations, scale)
+    reg, scale = _as_of_now(reg), _checked_scale(scale)
+    penalty, total, count = _penalty(reg, activations)
     shared = total if reg.norm is ActivityNorm.L2 else None
-    task = partial(_gradient_chunk, reg=reg, scale=float(scale))
+    task = partial(_gradient_chunk, reg=reg, scale=scale)
     gradient = _each("actreg-gradient", task, activations, shared, count, meta=activations._meta)
     return penalty, gradient
 
@@ -198,16 +202,15 @@ def _as_of_now(reg: ActivityRegularization) -> ActivityRegularization:
     return reg
 
 
-def _penalty(
-    reg: ActivityRegularization, activations: da.Array, scale: float = 1.0
-) -> tuple[da.Array, da.Array, Any]:
+def _penalty(reg: ActivityRegularization, activations: da.Array) -> tuple[da.Array, da.Array, Any]:
     """Return the penalty, the sum that it is made of, and what λ is divided by, all lazy.
 
     What is wrong is complained about here rather than by a task, if it shows without computing.
     """
     kind, meta = check_activations(activations._meta)
     count = _count(reg, activations)
-    reg._constants(meta.dtype, count if isinstance(count, int) else 1, scale)
+    if isinstance(count, int):
+        reg._constants(meta.dtype, count)  # which refuses a λ that is too large
     total = _total(reg, activations)
     zero = np.zeros_like(meta, COMPUTE_DTYPES[meta.dtype], shape=())
     task = partial(_finish, reg=reg, kind=kind)
@@ -265,23 +268,24 @@ def _count(reg: ActivityRegularization, activations: da.Array) -> Any:
 # Tasks.
 
 
-def _sum_chunk(
-    chunk: Any, axis: Any, keepdims: Any, computing_meta: bool = False, *, reg: Any
-) -> Any:
-    return chunk if computing_meta else reg.partial_sum(_array(chunk))
+def _sum_chunk(chunk: Any, computing_meta: bool = False, *, reg: Any, **axes: Any) -> Any:
+    return _no_numbers(chunk) if computing_meta else reg.partial_sum(_array(chunk))
 
 
-def _count_chunk(
-    chunk: Any, axis: Any, keepdims: Any, computing_meta: bool = False, *, reg: Any
-) -> Any:
-    return chunk if computing_meta else chunk.size if reg.reduction == "mean" else len(chunk)
+def _count_chunk(chunk: Any, computing_meta: bool = False, *, reg: Any, **axes: Any) -> Any:
+    if computing_meta:
+        return _no_numbers(chunk)
+    return chunk.size if reg.reduction == "mean" else len(chunk)
 
 
-def _add_up(sums: Any, axis: Any, keepdims: Any, computing_meta: bool = False) -> Any:
-    """Return the sum of lists of lists of numbers; ``keepdims`` asks for no more than one."""
-    if isinstance(sums, list):
-        return sum(_add_up(each, axis, keepdims) for each in sums)
-    return sums
+def _no_numbers(chunk: Any) -> Any:
+    """Return what Dask is told that sums are, although a chunk of them is a single number."""
+    return np.empty((0,) * chunk.ndim, object)
+
+
+def _add_up(sums: Any, **axes: Any) -> Any:
+    """Return the sum of numbers in lists of lists."""
+    return sum(map(_add_up, sums)) if isinstance(sums, list) else sums
 
 
 def _finish(total: PartialSum, count: int, *, reg: ActivityRegularization, kind: str) -> Any:

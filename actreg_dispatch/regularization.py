@@ -760,7 +760,7 @@ class ActivityRegularization:
         if not isinstance(total, (PartialSum, PairedSum)):
             raise TypeError(
                 f"total={total!r} is of type {type(total).__name__}; pass the sum of what "
-                f"partial_sum returned for each piece"
+                f"partial_sum returned for each piece, computed if it is lazy"
             )
         both = self._norm is ActivityNorm.L1_L2_SQUARED
         fits = isinstance(total, PairedSum) is both
