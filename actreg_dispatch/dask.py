@@ -104,8 +104,8 @@ def partial_sum(reg: ActivityRegularization, activations: da.Array) -> Any:
     -------
     dask.delayed.Delayed
         Of a :class:`~actreg_dispatch.rounding.PartialSum`. It adds up with other partial sums,
-        lazy or not; compute it before ``finish``, and not in one ``dask.compute`` with arrays:
-        Dask 2026.8 returns the results of arrays before those of what else stands between them.
+        lazy or not; compute it before ``finish``, and not in one ``dask.compute`` among arrays:
+        Dask 2026.8 returns the results grouped by kind, in another order than they were asked for.
 
     Raises
     ------
