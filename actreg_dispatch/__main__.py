@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     _add_bench(commands)
+    _add_files(commands)
 
     doctor = commands.add_parser("doctor", help="say what is usable, what is chosen, and test it")
     doctor.set_defaults(run=_doctor)
@@ -129,6 +130,69 @@ def _add_bench(commands: Any) -> None:
     )
     bench.add_argument("--from-json", type=Path, metavar="FILE", help="show a former run")
     bench.set_defaults(run=_bench)
+
+
+def _add_files(commands: Any) -> None:
+    penalty = commands.add_parser(
+        "penalty",
+        help="the penalty of activations in a file, .npy or Zarr, larger than memory",
+        description="Print the penalty of the activations in a file, as it is for the same array "
+        "in memory. The file is read block by block, in 64 MiB of memory or some times that.",
+    )
+    apply = commands.add_parser(
+        "apply",
+        help="the same, and add its gradient to a file of gradients, in place",
+        description="Add the gradient of the penalty to a file of gradients, in place, block by "
+        "block. What is interrupted, by Ctrl-C or by a power failure, can be resumed: the old "
+        "values of the block under way lie in GRADIENTS.actreg-journal, which takes up to 128 MiB.",
+    )
+    for command in (penalty, apply):
+        command.add_argument(
+            "activations", type=Path, metavar="ACTIVATIONS", help="a .npy file or a Zarr array"
+        )
+        if command is apply:
+            command.add_argument(
+                "gradients",
+                type=Path,
+                metavar="GRADIENTS",
+                help="another of the same kind, shape and dtype, which is updated",
+            )
+        norms = [norm.value for norm in ActivityNorm]
+        command.add_argument("--norm", choices=norms, default="l1", help="(default: l1)")
+        command.add_argument("--lam", type=float, required=True, help="the strength λ")
+        command.add_argument(
+            "--epsilon", type=float, help="l2: the sum of squares up to which there is no gradient"
+        )
+        command.add_argument(
+            "--reduction",
+            choices=("sum", "mean", "batch"),
+            default="sum",
+            help="what λ is divided by: nothing, elements, or length of axis 0 (default: sum)",
+        )
+        if command is apply:
+            command.add_argument(
+                "--scale", type=float, default=1.0, help="multiplies the gradient (default: 1)"
+            )
+        command.add_argument(
+            "--dtype",
+            choices=("bfloat16",),
+            help="what the elements are if the file does not name it (V2)",
+        )
+        command.add_argument(
+            "--backend", help="the backend that computes (default: ACTREG_BACKEND, auto)"
+        )
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="print one JSON object; a penalty that is not finite is null there, and named "
+            "in penalty_hex",
+        )
+        command.set_defaults(run=_files, gradients=None)
+    apply.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an update that was interrupted, with the same arguments",
+    )
 
 
 def _norm(text: str) -> ActivityNorm:
@@ -213,6 +277,12 @@ def _bench(options: argparse.Namespace) -> int:
         return _fail(str(error))
     except MemoryError as error:
         return _fail(f"there is not enough memory for these --sizes: {error}; ask for smaller ones")
+
+
+def _files(options: argparse.Namespace) -> int:
+    from actreg_dispatch.files.command import main as run
+
+    return run(options)
 
 
 def _free_name(stem: str, suffix: str) -> Path:

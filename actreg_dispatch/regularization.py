@@ -44,7 +44,7 @@ from actreg_dispatch.validation import (
     check_real,
 )
 
-__all__ = ["ActivityRegularization", "Penalties"]
+__all__ = ["ActivityRegularization", "Penalties", "Resolved", "resolved"]
 
 Strength = float | tuple[float, float]
 Total = PartialSum | PairedSum
@@ -823,6 +823,36 @@ class ActivityRegularization:
             if value != default
         )
         return f"{type(self).__name__}({self._lam!r}, {self._norm.value!r}{options})"
+
+
+class Resolved(NamedTuple):
+    """What a call for NumPy arrays comes down to."""
+
+    backend: Backend
+    target: str  # the array type that the backend takes
+    lam: float  # λ of the penalty, in T
+    strength: float  # λ of the gradient, in T
+    epsilon: float
+
+
+def resolved(
+    reg: ActivityRegularization,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    scale: float = _UNSCALED,
+) -> Resolved:
+    """Return what :meth:`~ActivityRegularization.apply` would do for a NumPy array like that.
+
+    For modules that lead pieces of an array to the backend themselves.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As for :meth:`~ActivityRegularization.apply`.
+    """
+    whole = np.broadcast_to(np.empty((), dtype), shape)  # takes no memory
+    constants = reg._constants(dtype, reg._count(whole), scale)
+    return Resolved(*choose(NUMPY, dtype, reg.backend), *constants)
 
 
 def _checked_scale(scale: Any) -> float:

@@ -1,0 +1,459 @@
+"""Activations and gradients in files larger than memory: .npy files and Zarr arrays.
+
+Files are walked block by block, and the results are, bit for bit, those of the same arrays in
+memory: the penalty of :meth:`ActivityRegularization.penalty`, and in the file of gradients what
+:meth:`ActivityRegularization.apply` makes of them. ``actreg penalty`` and ``actreg apply`` are this
+on the command line.
+
+**Memory.** At a time, up to four blocks of :data:`BLOCK_BYTES` (64 MiB) of address space are taken
+beside what Python and the libraries take: a window of the activations and a block of the
+gradients, each twice if they are of foreign byte order or not aligned. The backend ``"numpy"``
+makes temporaries of up to ten more. Of a Zarr array a block is as many chunks as fit, but at least
+one of the gradients (or shard, as that is what can be written), and Zarr takes some of their size
+again to decode them.
+
+**Passes.** Activations are read once; ``"l2"`` reads them twice for :func:`apply`, as the gradient
+divides by ‖x‖. One more pass, an exact sum, is needed where the quick sum leaves the rounding open,
+which is rare.
+
+**Interruption.** Until the first gradient is written, the files are untouched. From then on the
+old values of the block under way are kept in a journal beside the gradients,
+``GRADIENTS.actreg-journal``, which takes the room of two blocks and is on disk before the block is
+overwritten. Whatever stops the run (Ctrl-C, ``kill -9``, a full disk, a power failure), the journal
+stays, and :func:`apply` with ``resume=True`` and the same arguments goes on, to the same bits.
+Without ``resume`` it refuses. Do not touch the files in between.
+
+The rest is beyond this module: a file that another program cuts short while it is mapped ends the
+process, as it does with every mapping (what was written stays resumable); a journal does not know
+that gradients were overwritten by hand; and one file of several hard links is to be resumed by the
+name that it was begun with.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actreg_dispatch.files.journal import Journal, journal_of, left_behind
+from actreg_dispatch.files.stores import FilesError, Region, Store, open_store
+from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.registry import NUMPY
+from actreg_dispatch.regularization import ActivityRegularization, resolved
+from actreg_dispatch.rounding import (
+    Outcome,
+    PartialSum,
+    compute_dtype,
+    decided,
+    degree_of,
+    merge_pairs,
+)
+from actreg_dispatch.transfer import move, write_back
+
+__all__ = [
+    "BLOCK_BYTES",
+    "FilesError",
+    "PartlyUpdatedError",
+    "Result",
+    "apply",
+    "journal_of",
+    "penalty",
+]
+
+BLOCK_BYTES = 64 << 20
+"""Bytes of an array that are handled at a time."""
+
+Progress = Callable[[str, int, int], None]
+"""Called after every block with what is being done, and bytes of the arrays done and in all."""
+
+
+class PartlyUpdatedError(RuntimeError):
+    """The update failed on the way; the journal is there to go on from."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found, and what it took.
+
+    Attributes
+    ----------
+    penalty : numpy.floating
+        In the compute dtype T.
+    dtype, shape, elements
+        Of the activations.
+    backend : str
+        The name of the backend that computed.
+    passes : int
+        How often activations were read, in this run.
+    bytes : int
+        How many bytes of the arrays were read and written in this run, the journal apart.
+    seconds : float
+        Wall-clock time of this run.
+    """
+
+    penalty: Any
+    dtype: str
+    shape: tuple[int, ...]
+    elements: int
+    backend: str
+    passes: int
+    bytes: int
+    seconds: float
+
+
+def penalty(
+    reg: ActivityRegularization,
+    activations: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Return the penalty of the activations in a file, which is only read.
+
+    Parameters
+    ----------
+    reg : ActivityRegularization
+        The norm, λ, and the rest.
+    activations : path
+        A .npy file, in C or Fortran order, or the folder of a Zarr array; float16, float32 or
+        float64 in any byte order, or bfloat16.
+    dtype : {"bfloat16"}, optional
+        What the elements are if the file does not name it: NumPy stores bfloat16 as ``V2``.
+    progress : callable, optional
+        Called after every block with what is being done, and how many bytes of the arrays are done
+        and to be done. What it raises stops the run.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    FilesError
+        If the file is no such array.
+    ValueError
+        If ``lam`` is too large for the dtype.
+    BackendError
+        If the backend that is asked for does not exist or cannot run here.
+    OSError
+        If the file cannot be read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from actreg_dispatch import ActivityRegularization
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "activations.npy")
+    ...     np.save(path, np.array([1.0, -3.0]))
+    ...     float(penalty(ActivityRegularization.l1(0.5), path).penalty)
+    2.0
+    """
+    store = open_store("activations", Path(activations), dtype)
+    try:
+        run = _Run(reg, store, store.regions(BLOCK_BYTES), 1.0, progress)
+        return run.result(run.sum())
+    finally:
+        store.close()
+
+
+def apply(
+    reg: ActivityRegularization,
+    activations: str | os.PathLike[str],
+    gradients: str | os.PathLike[str],
+    *,
+    scale: float = 1.0,
+    dtype: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Add the gradient of the penalty to the gradients in a file, in place.
+
+    Parameters
+    ----------
+    reg, activations, dtype, progress
+        As for :func:`penalty`.
+    gradients : path
+        A file of the same kind, shape, dtype and order, chunked in any way. A journal lies beside
+        it while it is updated (see the module).
+    scale : float, default 1.0
+        Multiplies λ for the gradient alone.
+    resume : bool, default False
+        Whether to go on with an update that was interrupted; all else must be as it was.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    FilesError, TypeError, ValueError, BackendError
+        If the arguments do not fit, before anything is written.
+    OSError
+        If a file cannot be opened, or there is no room for the journal; nothing is written.
+    PartlyUpdatedError
+        If something failed later on. Mend it, and call again with ``resume=True``.
+    """
+    x = open_store("activations", Path(activations), dtype)
+    try:
+        g = open_store("gradients", Path(gradients), dtype, writes=True)
+    except BaseException:
+        x.close()
+        raise
+    try:
+        return _apply(reg, x, g, scale, resume, progress)
+    finally:
+        x.close()
+        g.close()
+
+
+def _apply(
+    reg: ActivityRegularization,
+    x: Store,
+    g: Store,
+    scale: float,
+    resume: bool,
+    progress: Progress | None,
+) -> Result:
+    _check_pair(x, g)
+    path, journal = journal_of(g.path), None
+    if resume:
+        journal = Journal.open(path)
+    elif os.path.lexists(path):
+        raise FilesError(left_behind(path))
+    try:
+        block_bytes = BLOCK_BYTES if journal is None else int(journal.about["block bytes"])
+        regions = g.regions(block_bytes)
+        run = _Run(reg, x, regions, scale, progress)
+        about = _about(reg, x, g, scale, block_bytes, regions)
+        if journal is not None:
+            _check_same(journal, about)
+        divides = reg.norm is ActivityNorm.L2  # by what takes a sum over all elements
+        found = run.sum() if divides or not regions else None
+        if found is not None and not (regions and found.has_gradient):
+            return run.result(found)
+        if journal is None:
+            journal = Journal.create(path, about)
+        try:
+            updates = _Updates(g, journal, regions)
+            if found is None:
+                found = run.sum(updates)
+            else:
+                run.update(updates, found.divisor)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise PartlyUpdatedError(
+                f"{reason}; {g.path} are updated in part: mend that, then go on by the same "
+                f"command and --resume (resume=True)"
+            ) from error
+        journal.remove()
+        return run.result(found)
+    finally:
+        if journal is not None:
+            journal.close()
+
+
+def _check_pair(x: Store, g: Store) -> None:
+    """Refuse two files that do not belong together."""
+    if x.path.samefile(g.path):
+        raise FilesError(
+            f"activations {x.path} and gradients {g.path} are one file; the update would change "
+            f"its own input: pass a copy of one of them"
+        )
+    if x.kind != g.kind:
+        raise FilesError(
+            f"activations {x.path} are a {x.kind} but gradients {g.path} a {g.kind}; "
+            f"convert one of them"
+        )
+    if x.dtype.newbyteorder("=") != g.dtype.newbyteorder("="):
+        raise FilesError(
+            f"gradients {g.path} have dtype {g.dtype} but activations {x.dtype}; "
+            f"give both one dtype"
+        )
+    if x.shape != g.shape:
+        raise FilesError(
+            f"gradients {g.path} have shape {g.shape} but activations {x.shape}; "
+            f"shapes must be equal, nothing is broadcast"
+        )
+    if x.order != g.order:
+        raise FilesError(
+            f"gradients {g.path} are stored in {g.order} order but activations in {x.order} "
+            f"order; write one of them anew in the order of the other"
+        )
+
+
+def _about(
+    reg: ActivityRegularization,
+    x: Store,
+    g: Store,
+    scale: float,
+    block_bytes: int,
+    regions: Sequence[Region],
+) -> dict[str, Any]:
+    """Return what is applied to what, for the journal."""
+    largest = max((_elements(region) for region in regions), default=0)
+    return {
+        "norm": reg.norm.value,
+        "lam": repr(reg.lam),
+        "epsilon": repr(reg.epsilon),
+        "reduction": reg.reduction,
+        "scale": repr(float(scale)),
+        "dtype": str(x.dtype),
+        "shape": list(x.shape),
+        "activations": x.identity(content=True),
+        "gradients": g.identity(content=False),
+        "block bytes": block_bytes,
+        "slot bytes": largest * g.dtype.itemsize,
+    }
+
+
+def _check_same(journal: Journal, about: dict[str, Any]) -> None:
+    """Refuse to go on with another update than the one that was begun."""
+    for key, now in about.items():
+        then = journal.about.get(key)
+        if then != now:
+            raise FilesError(
+                f"{journal.path} is of an update with {key} {then}, not {now}; "
+                f"resume it with the arguments and files that it was begun with"
+            )
+
+
+def _elements(region: Region) -> int:
+    return math.prod(part.stop - part.start for part in region)
+
+
+class _Updates:
+    """The gradients that are being updated: from which block on, and by way of the journal."""
+
+    def __init__(self, store: Store, journal: Journal, regions: Sequence[Region]) -> None:
+        self._store, self._journal, self._first = store, journal, 0
+        last = journal.last()
+        if last is not None:
+            self._first, old = last
+            region = regions[self._first]
+            shape = [part.stop - part.start for part in region]
+            native = store.dtype.newbyteorder("=")
+            store.write(region, old.view(native).reshape(shape))
+
+    def load(self, index: int, region: Region) -> np.ndarray[Any, Any] | None:
+        """Return a block, to be changed and written; None if a former run has written it."""
+        if index < self._first:
+            return None
+        values = self._store.load(region)
+        self._journal.record(index, values)
+        return values
+
+    def write(self, region: Region, values: np.ndarray[Any, Any]) -> None:
+        """Write a block that :meth:`load` returned."""
+        self._store.write(region, values)
+
+
+class _Run:
+    """One regularization, one file of activations, and what has been done so far."""
+
+    def __init__(
+        self,
+        reg: ActivityRegularization,
+        store: Store,
+        regions: Sequence[Region],
+        scale: float,
+        progress: Progress | None,
+    ) -> None:
+        self._started = time.perf_counter()
+        self._reg, self._store, self._regions, self._progress = reg, store, regions, progress
+        native = store.dtype.newbyteorder("=")
+        self._compute: Any = compute_dtype(native)
+        self._size = math.prod(store.shape)
+        self._call = resolved(reg, native, store.shape, scale)
+        self._quick_sum: Any = None
+        if self._call.target == NUMPY:
+            self._quick_sum = getattr(self._call.backend, "quick_sum", None)
+        self._passes = self._bytes = 0
+
+    def sum(self, updates: _Updates | None = None) -> Outcome:
+        """Sum the activations, and update the gradients of a norm other than L2 on the way."""
+        norm, call, quick_sum = self._reg.norm, self._call, self._quick_sum
+        hi, lo = 0.0, 0.0
+        total = PartialSum(degree_of(norm), self._compute)
+
+        def quickly(x: Any, g: Any) -> None:
+            nonlocal hi, lo
+            hi, lo = merge_pairs(hi, lo, *quick_sum(x, norm, g, call.strength))
+
+        def exactly(x: Any, g: Any) -> None:
+            nonlocal total
+            total += self._reg.partial_sum(x)
+            if g is not None:
+                self._add_gradient(x, g, 0.0)
+
+        step = "sum" if updates is None else "update"
+        if quick_sum is not None:
+            self._walk(step, quickly, updates)
+            found = decided(hi, lo, self._size, self._compute, norm, call.lam, call.epsilon)
+            if found is not None:
+                return found
+            step, updates = "exact sum", None
+        self._walk(step, exactly, updates)
+        return total.outcome(norm, call.lam, call.epsilon)
+
+    def update(self, updates: _Updates, divisor: float) -> None:
+        """Add the gradient, whose sum is known."""
+
+        def add(x: Any, g: Any) -> None:
+            if g is not None:
+                self._add_gradient(x, g, divisor)
+
+        self._walk("update", add, updates)
+
+    def result(self, found: Outcome) -> Result:
+        """Return what was found, once all is done."""
+        return Result(
+            self._compute.type(found.penalty),
+            self._store.dtype.name,
+            self._store.shape,
+            self._size,
+            self._call.backend.name,
+            self._passes,
+            self._bytes,
+            time.perf_counter() - self._started,
+        )
+
+    def _add_gradient(self, x: Any, g: Any, divisor: float) -> None:
+        backend, target, _, strength, _ = self._call
+        norm = self._reg.norm
+        if target == NUMPY:
+            backend.add_gradient(x, g, norm, strength, divisor)
+            return
+        moved = move(g, NUMPY, target)
+        backend.add_gradient(move(x, NUMPY, target), moved, norm, strength, divisor)
+        write_back(moved, target, g, NUMPY)
+
+    def _walk(
+        self, step: str, visit: Callable[[Any, Any], None], updates: _Updates | None = None
+    ) -> None:
+        """Call ``visit`` with every block of the activations, and of the gradients if any."""
+        self._passes += 1
+        itemsize = self._store.dtype.itemsize
+        done, whole = 0, self._size * itemsize * (1 if updates is None else 3)
+        for index, region in enumerate(self._regions):
+            x, g = self._store.read(region), None
+            for following in self._regions[index + 1 : index + 2]:
+                self._store.expect(following)
+            if updates is not None:
+                g = updates.load(index, region)
+            visit(x, g)
+            moved = _elements(region) * itemsize * (1 if g is None else 3)
+            del x  # before the next window is mapped
+            if updates is not None and g is not None:
+                updates.write(region, g)
+            self._bytes += moved
+            done += moved if updates is None or g is not None else 3 * moved
+            del g
+            if self._progress is not None:
+                self._progress(step, done, whole)

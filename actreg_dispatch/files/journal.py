@@ -1,0 +1,196 @@
+"""The journal: what makes an update of a file, block by block, safe against any interruption.
+
+Before a block of gradients is overwritten, its old values are on disk, in a file beside them. So at
+any moment a block is old, new, or can be made old again; whatever was interrupted goes on from the
+block that was under way, and ends with the bits of an uninterrupted run.
+
+The file is one page that says what is applied to what, and two slots, each a page that describes a
+block and the block's old values. A slot counts if its checksums fit. Slots take turns: one that is
+half written, because just then the power failed, leaves the other, the block before, whose new
+values were on disk by then. To go on from there is right, too, and the block after it has not been
+touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actreg_dispatch.files.stores import FilesError, read_fully, sync, sync_path, write_fully
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Journal", "journal_of", "left_behind"]
+
+_PAGE = 4096
+_FORMAT = "actreg-journal 1"
+
+
+def journal_of(gradients: Path) -> Path:
+    """Return where the journal of ``gradients`` lies while they are partly updated."""
+    real = gradients.resolve()  # or a symbolic link would hide it
+    return real.with_name(real.name + ".actreg-journal")
+
+
+class Journal:
+    """An open, locked journal.
+
+    Attributes
+    ----------
+    about : dict
+        What is applied to what, as it was given to :meth:`create`.
+    """
+
+    def __init__(self, path: Path, file: Any, about: dict[str, Any]) -> None:
+        self.path, self.about = path, about
+        self._file = file
+        self._stride = _PAGE + int(about["slot bytes"])
+
+    @classmethod
+    def create(cls, path: Path, about: dict[str, Any]) -> Journal:
+        """Make a new journal, with all the room on disk that it will ever need.
+
+        ``about`` is any JSON, with the size of the largest block as ``"slot bytes"``.
+
+        Raises
+        ------
+        FilesError
+            If there is one already.
+        OSError
+            If it cannot be written; then none is left behind.
+        """
+        try:
+            file = path.open("x+b", buffering=0)
+        except FileExistsError:
+            raise FilesError(left_behind(path)) from None
+        try:
+            _lock(file, path)
+            journal = cls(path, file, about)
+            size = _PAGE + 2 * journal._stride
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)  # or a full disk would come too late
+            else:
+                file.truncate(size)
+            write_fully(file, 0, _page(about | {"format": _FORMAT}))
+            sync(file.fileno())
+            sync_path(path.parent)
+        except BaseException:
+            file.close()
+            path.unlink(missing_ok=True)
+            raise
+        return journal
+
+    @classmethod
+    def open(cls, path: Path) -> Journal:
+        """Open the journal that an interrupted run left.
+
+        Raises
+        ------
+        FilesError
+            If there is none, it is not a journal, or the run is still under way.
+        """
+        try:
+            file = path.open("r+b", buffering=0)
+        except FileNotFoundError:
+            raise FilesError(
+                f"there is no {path}, so nothing to resume; leave --resume out to apply anew"
+            ) from None
+        try:
+            _lock(file, path)
+            about = _described(read_fully(file, 0, min(_PAGE, os.fstat(file.fileno()).st_size)))
+            if about is None or about.pop("format", None) != _FORMAT:
+                raise FilesError(
+                    f"{path} is not a complete journal; if actreg was stopped while it made it, "
+                    f"the gradients are untouched: delete it and leave --resume out"
+                )
+            return cls(path, file, about)
+        except BaseException:
+            file.close()
+            raise
+
+    def record(self, index: int, old: np.ndarray[Any, Any]) -> None:
+        """Put the ``old`` values of block ``index`` on disk; only then may it be overwritten."""
+        values = old.reshape(-1).view(np.uint8).data
+        description = {"block": index, "bytes": len(values), "crc32": zlib.crc32(values)}
+        place = _PAGE + index % 2 * self._stride
+        write_fully(self._file, place + _PAGE, values)
+        write_fully(self._file, place, _page(description))
+        sync(self._file.fileno())
+
+    def last(self) -> tuple[int, np.ndarray[Any, Any]] | None:
+        """Return the block that was under way and the bytes of its old values; None if none was."""
+        slots = [slot for slot in map(self._slot, range(2)) if slot is not None]
+        if not slots:
+            return None
+        index, place, size = max(slots)
+        return index, read_fully(self._file, place, size)
+
+    def _slot(self, number: int) -> tuple[int, int, int] | None:
+        """Return a slot's block, and where and how long its old values are; None if it is torn."""
+        place = _PAGE + number * self._stride
+        description = _described(read_fully(self._file, place, _PAGE))
+        if description is None:
+            return None
+        size = description["bytes"]
+        if zlib.crc32(read_fully(self._file, place + _PAGE, size).data) != description["crc32"]:
+            return None
+        return description["block"], place + _PAGE, size
+
+    def remove(self) -> None:
+        """Delete the journal: the update is complete."""
+        if fcntl is None:  # Windows does not delete an open file
+            self._file.close()
+        self.path.unlink()
+        sync_path(self.path.parent)
+        self._file.close()
+
+    def close(self) -> None:
+        """Leave the journal for another run."""
+        self._file.close()
+
+
+def left_behind(path: Path) -> str:
+    """Return what is to be said where a journal must not be."""
+    return (
+        f"{path} exists: an update of these gradients is under way or was interrupted; "
+        f"go on with it by the same command and --resume"
+    )
+
+
+def _lock(file: Any, path: Path) -> None:
+    """Keep other runs away while this one lives."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FilesError(f"{path} is in use: wait for the run that updates them") from None
+    if fcntl is not None and os.fstat(file.fileno()).st_nlink == 0:
+        raise FilesError(f"{path} was removed just now: that run is complete")
+
+
+def _page(description: dict[str, Any]) -> bytes:
+    """Return a page of JSON with its own checksum."""
+    text = json.dumps(description)
+    page = json.dumps({"crc32": zlib.crc32(text.encode()), "of": text}).encode()
+    if len(page) >= _PAGE:
+        raise FilesError("the names of the files are too long for the journal; use shorter ones")
+    return page.ljust(_PAGE - 1) + b"\n"
+
+
+def _described(page: Any) -> dict[str, Any] | None:
+    """Return what :func:`_page` was given, or None if it is torn."""
+    try:
+        outer = json.loads(bytes(page))
+        description = json.loads(outer["of"])
+        intact = zlib.crc32(outer["of"].encode()) == outer["crc32"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return description if intact else None
