@@ -87,7 +87,12 @@ def _as_json(result: Result, reg: ActivityRegularization, options: argparse.Name
 
 
 def _as_line(result: Result, reg: ActivityRegularization, options: argparse.Namespace) -> str:
-    size = f"{result.bytes / 1e9:.3g} GB in {result.seconds:.3g} s"
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
+        if result.bytes >= unit or unit == 1
+    )
+    size = f"{result.bytes / unit:.3g} {name} in {result.seconds:.3g} s"
     where = "" if options.gradients is None else f", gradient added to {options.gradients}"
     return (
         f"penalty {float(result.penalty)!r} ({reg.norm.value}, λ = {reg.lam!r}, "

@@ -73,6 +73,10 @@ class Journal:
             raise FilesError(left_behind(path)) from None
         try:
             _lock(file, path)
+        except BaseException:
+            file.close()
+            raise
+        try:  # from here on the file is this run's own
             journal = cls(path, file, about)
             size = _PAGE + 2 * journal._stride
             if hasattr(os, "posix_fallocate"):
@@ -83,14 +87,14 @@ class Journal:
             sync(file.fileno())
             sync_path(path.parent)
         except BaseException:
-            file.close()
             path.unlink(missing_ok=True)
+            file.close()
             raise
         return journal
 
     @classmethod
-    def open(cls, path: Path) -> Journal:
-        """Open the journal that an interrupted run left.
+    def open(cls, path: Path) -> Journal | None:
+        """Open the journal that an interrupted run left; None if it did not come to write it.
 
         Raises
         ------
@@ -105,11 +109,16 @@ class Journal:
             ) from None
         try:
             _lock(file, path)
-            about = _described(read_fully(file, 0, min(_PAGE, os.fstat(file.fileno()).st_size)))
+            page = read_fully(file, 0, min(_PAGE, os.fstat(file.fileno()).st_size))
+            if not page.any():  # stopped while it was made
+                path.unlink()
+                file.close()
+                return None
+            about = _described(page)
             if about is None or about.pop("format", None) != _FORMAT:
                 raise FilesError(
-                    f"{path} is not a complete journal; if actreg was stopped while it made it, "
-                    f"the gradients are untouched: delete it and leave --resume out"
+                    f"{path} is no complete journal of actreg; if the power failed while one was "
+                    f"made, the gradients are untouched: delete it and leave --resume out"
                 )
             return cls(path, file, about)
         except BaseException:
