@@ -5,12 +5,13 @@ memory: the penalty of :meth:`ActivityRegularization.penalty`, and in the file o
 :meth:`ActivityRegularization.apply` makes of them. ``actreg penalty`` and ``actreg apply`` are this
 on the command line.
 
-**Memory.** At a time, up to four blocks of :data:`BLOCK_BYTES` (64 MiB) of address space are taken
-beside what Python and the libraries take: a window of the activations and a block of the
-gradients, each twice if they are of foreign byte order or not aligned. The backend ``"numpy"``
-makes temporaries of up to ten more. Of a Zarr array a block is as many chunks as fit, but at least
-one of the gradients (or shard, as that is what can be written), and Zarr takes some of their size
-again to decode them.
+**Memory.** Beside what Python and the libraries take, 256 MiB of address space: where a file is
+only read, a window of :data:`WINDOW_BYTES` into the system's page cache, which is no memory of the
+process; where gradients are updated, blocks of :data:`BLOCK_BYTES` (64 MiB), one of activations and
+one of gradients, each twice if they are of foreign byte order or not aligned. The backend
+``"numpy"`` makes temporaries of up to ten blocks more. Of a Zarr array a block is as many chunks as
+fit, but at least one (of the gradients one shard, if there are any, as that is what can be
+written), and Zarr takes some of their size again to decode them.
 
 **Passes.** Activations are read once; ``"l2"`` reads them twice for :func:`apply`, as the gradient
 divides by ‖x‖. One more pass, an exact sum, is needed where the quick sum leaves the rounding open,
@@ -58,6 +59,7 @@ from actreg_dispatch.transfer import move, write_back
 
 __all__ = [
     "BLOCK_BYTES",
+    "WINDOW_BYTES",
     "FilesError",
     "PartlyUpdatedError",
     "Result",
@@ -67,7 +69,10 @@ __all__ = [
 ]
 
 BLOCK_BYTES = 64 << 20
-"""Bytes of an array that are handled at a time."""
+"""Bytes of an array that are updated, or copied, at a time."""
+
+WINDOW_BYTES = 256 << 20
+"""Bytes of a file that are mapped at a time where it is only read."""
 
 Progress = Callable[[str, int, int], None]
 """Called after every block with what is being done, and bytes of the arrays done and in all."""
@@ -157,7 +162,7 @@ def penalty(
     """
     store = open_store("activations", Path(activations), dtype)
     try:
-        run = _Run(reg, store, store.regions(BLOCK_BYTES), 1.0, progress)
+        run = _Run(reg, store, 1.0, progress)
         return run.result(run.sum())
     finally:
         store.close()
@@ -230,7 +235,7 @@ def _apply(
     try:
         block_bytes = BLOCK_BYTES if journal is None else int(journal.about["block bytes"])
         regions = g.regions(block_bytes)
-        run = _Run(reg, x, regions, scale, progress)
+        run = _Run(reg, x, scale, progress)
         about = _about(reg, x, g, scale, block_bytes, regions)
         if journal is not None:
             _check_same(journal, about)
@@ -332,7 +337,7 @@ class _Updates:
     """The gradients that are being updated: from which block on, and by way of the journal."""
 
     def __init__(self, store: Store, journal: Journal, regions: Sequence[Region]) -> None:
-        self._store, self._journal, self._first = store, journal, 0
+        self.regions, self._store, self._journal, self._first = regions, store, journal, 0
         last = journal.last()
         if last is not None:
             self._first, old = last
@@ -361,12 +366,11 @@ class _Run:
         self,
         reg: ActivityRegularization,
         store: Store,
-        regions: Sequence[Region],
         scale: float,
         progress: Progress | None,
     ) -> None:
         self._started = time.perf_counter()
-        self._reg, self._store, self._regions, self._progress = reg, store, regions, progress
+        self._reg, self._store, self._progress = reg, store, progress
         native = store.dtype.newbyteorder("=")
         self._compute: Any = compute_dtype(native)
         self._size = math.prod(store.shape)
@@ -441,9 +445,15 @@ class _Run:
         self._passes += 1
         itemsize = self._store.dtype.itemsize
         done, whole = 0, self._size * itemsize * (1 if updates is None else 3)
-        for index, region in enumerate(self._regions):
+        mapped = self._store.mapped and self._quick_sum is not None  # and so never copied
+        regions = (
+            updates.regions
+            if updates
+            else self._store.regions(WINDOW_BYTES if mapped else BLOCK_BYTES)
+        )
+        for index, region in enumerate(regions):
             x, g = self._store.read(region), None
-            for following in self._regions[index + 1 : index + 2]:
+            for following in regions[index + 1 : index + 2]:
                 self._store.expect(following)
             if updates is not None:
                 g = updates.load(index, region)

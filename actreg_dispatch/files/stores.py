@@ -50,6 +50,7 @@ class Store(Protocol):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # as it is stored
     order: str  # in which it is walked: "C" or "F"
+    mapped: bool  # whether reading copies nothing
 
     def regions(self, block_bytes: int) -> Sequence[Region]:
         """Return the regions to walk through, of ``block_bytes`` at most if that can be."""
@@ -148,6 +149,7 @@ class NpyFile:
             self.dtype = _element(name, path, stored, dtype)
             axes = sum(length > 1 for length in self.shape)
             self.order = "F" if fortran and axes > 1 else "C"
+            self.mapped = self.dtype.isnative and self._offset % self.dtype.itemsize == 0
             end = self._offset + math.prod(self.shape) * self.dtype.itemsize
             if end > self._size:
                 raise FilesError(
@@ -228,6 +230,7 @@ class ZarrArray:
 
     kind = "Zarr store"
     order = "C"
+    mapped = False
 
     def __init__(self, name: str, path: Path, dtype: str | None, writes: bool) -> None:
         try:
