@@ -526,7 +526,9 @@ def test_no_room_for_the_journal_leaves_all_untouched(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert main(["apply", *map(str, paths), "--lam", "0.1"]) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "actreg-journal cannot be written: No space left on device" in told
+    assert "gradients, which are untouched" in told
     assert_untouched(paths, before)
 
 

@@ -199,9 +199,9 @@ def apply(
     Raises
     ------
     FilesError, TypeError, ValueError, BackendError
-        If the arguments do not fit, before anything is written.
+        If the arguments do not fit or the journal cannot be written, before anything else is.
     OSError
-        If a file cannot be opened, or there is no room for the journal; nothing is written.
+        If a file cannot be opened or read, before anything is written.
     PartlyUpdatedError
         If something failed later on. Mend it, and call again with ``resume=True``.
     """
@@ -453,8 +453,6 @@ class _Run:
         )
         for index, region in enumerate(regions):
             x, g = self._store.read(region), None
-            for following in regions[index + 1 : index + 2]:
-                self._store.expect(following)
             if updates is not None:
                 g = updates.load(index, region)
             visit(x, g)

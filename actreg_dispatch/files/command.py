@@ -52,9 +52,10 @@ def main(options: argparse.Namespace) -> int:
             else:
                 result = penalty(reg, options.activations, **common)
     except KeyboardInterrupt as stop:
-        state = f"; {_state(options.gradients)}" if writes else ""
+        between = isinstance(stop, _Stopped)  # two blocks, or else a second signal came
+        state = f"; {_state(options.gradients, between)}" if writes else ""
         print(f"actreg: interrupted{state}", file=sys.stderr)
-        return 128 + (stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT)
+        return 128 + (stop.args[0] if between else signal.SIGINT)
     except (FilesError, PartlyUpdatedError, OSError, ValueError, TypeError, MemoryError) as error:
         print(f"actreg: {error or type(error).__name__}", file=sys.stderr)
         return 2
@@ -62,11 +63,11 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _state(gradients: Path) -> str:
-    """Return what a run that was stopped between two blocks has left."""
+def _state(gradients: Path, between: bool) -> str:
+    """Return what a run has left that was stopped, ``between`` two blocks or anywhere."""
     if journal_of(gradients).exists():
         return f"{gradients} are updated in part: go on by the same command and --resume"
-    return f"{gradients} are untouched"
+    return f"{gradients} are {'untouched' if between else 'untouched, or updated as a whole'}"
 
 
 def _as_json(result: Result, reg: ActivityRegularization, options: argparse.Namespace) -> str:

@@ -63,14 +63,14 @@ class Journal:
         Raises
         ------
         FilesError
-            If there is one already.
-        OSError
-            If it cannot be written; then none is left behind.
+            If there is one already, or it cannot be written; then none is left behind.
         """
         try:
             file = path.open("x+b", buffering=0)
         except FileExistsError:
             raise FilesError(left_behind(path)) from None
+        except OSError as error:
+            raise FilesError(_not_written(path, error)) from None
         try:
             _lock(file, path)
         except BaseException:
@@ -86,9 +86,11 @@ class Journal:
             write_fully(file, 0, _page(about | {"format": _FORMAT}))
             sync(file.fileno())
             sync_path(path.parent)
-        except BaseException:
+        except BaseException as error:
             path.unlink(missing_ok=True)
             file.close()
+            if isinstance(error, OSError):
+                raise FilesError(_not_written(path, error)) from None
             raise
         return journal
 
@@ -171,6 +173,13 @@ def left_behind(path: Path) -> str:
     return (
         f"{path} exists: an update of these gradients is under way or was interrupted; "
         f"go on with it by the same command and --resume"
+    )
+
+
+def _not_written(path: Path, error: OSError) -> str:
+    return (
+        f"the journal {path} cannot be written: {error.strerror}; it takes two blocks beside the "
+        f"gradients, which are untouched"
     )
 
 
