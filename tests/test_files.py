@@ -436,41 +436,59 @@ REAL_WRITE, REAL_SYNC = stores.write_fully, stores.sync
 
 
 class Mortal:
-    """Dies at the ``last`` write to a file or wait for the disk, in the middle of it."""
+    """Dies at the ``last`` write to a file or wait for the disk, in the middle of it.
 
-    def __init__(self, monkeypatch, last, error=Died):
+    With ``power`` to fail, any of the writes that nobody waited for may be lost.
+    """
+
+    def __init__(self, monkeypatch, last, error=Died, power=None):
         self.last, self.error, self.count = last, error, 0
+        self.power, self.in_flight = power, []
         for module in (stores, journal):
             monkeypatch.setattr(module, "write_fully", self.write)
             monkeypatch.setattr(module, "sync", self.sync)
 
-    def _count(self):
+    def _is_last(self):
         self.count += 1
         return self.count == self.last
 
+    def _die(self):
+        for path, place, former in reversed(self.in_flight):
+            if self.power and self.power.random() < 0.5:
+                with path.open("r+b") as file:
+                    file.seek(place)
+                    file.write(former)
+        raise self.error
+
     def write(self, file, place, values):
-        if self._count():
-            REAL_WRITE(file, place, memoryview(values)[: len(values) // 2])
-            raise self.error
-        REAL_WRITE(file, place, values)
+        last, path = self._is_last(), Path(file.name)
+        with path.open("rb") as before:
+            before.seek(place)
+            self.in_flight.append((path, place, before.read(len(values))))
+        REAL_WRITE(file, place, memoryview(values)[: len(values) // 2] if last else values)
+        if last:
+            self._die()
 
     def sync(self, number):
-        if self._count():
-            raise self.error
+        if self._is_last():
+            self._die()
+        inode = os.fstat(number).st_ino
+        self.in_flight = [w for w in self.in_flight if w[0].stat().st_ino != inode]
         REAL_SYNC(number)
 
 
 @norms
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_resumed_wherever_it_died_the_bits_are_the_same(tmp_path, norm, order, monkeypatch):
+@pytest.mark.parametrize("seed", [None, 1], ids=["the process", "the power"])
+def test_resumed_wherever_it_died_the_bits_are_the_same(tmp_path, norm, seed, monkeypatch):
     """Die at every write and every wait for the disk, and once more in the run that resumes."""
-    x, g = (np.asarray(values_of((50, 23), np.float32, seed), order=order) for seed in (1, 2))
+    power = None if seed is None else random.Random(seed)
+    x, g = values_of((50, 23), np.float32, 1), values_of((50, 23), np.float32, 2)
     penalty, updated = exact_result(x, g, norm, 0.1, scale=-2.0)
     reg = ActivityRegularization(0.1, norm)
     deaths = 0
     for last in range(1, 1000):
         paths = saved(tmp_path, x=x, g=g)
-        mortal = Mortal(monkeypatch, last)
+        mortal = Mortal(monkeypatch, last, power=power)
         try:
             found = files.apply(reg, *paths, scale=-2.0)
             break
@@ -481,7 +499,7 @@ def test_resumed_wherever_it_died_the_bits_are_the_same(tmp_path, norm, order, m
             assert last <= 2  # while the journal was made
             continue
         for again in (last % 7 + 1, 0):
-            mortal = Mortal(monkeypatch, again)
+            mortal = Mortal(monkeypatch, again, power=power)
             try:
                 found = files.apply(reg, *paths, scale=-2.0, resume=True)
             except Died:
@@ -872,6 +890,22 @@ def test_zarr_has_the_bits_of_exact_arithmetic(zarr, tmp_path, norm, layout, dty
         left = zarr.open_array(path, mode="r")[...]
         assert_same_bits(left.astype(native), expected.astype(native))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g", "x"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_chunks_are_on_disk_before_the_next_block(zarr, tmp_path, layout, monkeypatch):
+    x, synced = values_of((31, 41), np.float32), set()
+    paths = [
+        stored(zarr, tmp_path / name, x, **options)
+        for name, options in zip("xg", layout, strict=True)
+    ]
+    original = stores.sync_path
+    monkeypatch.setattr(stores, "sync_path", lambda path: (synced.add(path), original(path)))
+    files.apply(ActivityRegularization.l1(0.1), *paths)
+    chunks = {path for path in paths[1].rglob("*") if path.is_file()}
+    chunks = {path for path in chunks if path.name[0] != "." and path.name != "zarr.json"}
+    assert len(chunks) >= 1
+    assert synced == chunks | {path.parent for path in chunks}
 
 
 @norms
