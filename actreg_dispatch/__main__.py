@@ -137,7 +137,7 @@ def _add_files(commands: Any) -> None:
         "penalty",
         help="the penalty of activations in a file, .npy or Zarr, larger than memory",
         description="Print the penalty of the activations in a file, as it is for the same array "
-        "in memory. The file is read block by block, in 64 MiB of memory or some times that.",
+        "in memory. The file is read in pieces of at most 256 MiB.",
     )
     apply = commands.add_parser(
         "apply",

@@ -847,6 +847,17 @@ def test_the_bar_has_a_rate_on_a_terminal(tmp_path):
     assert b"0:00:00" in seen
 
 
+def test_npy_files_take_no_extras(tmp_path, python):
+    (path,) = saved(tmp_path, x=np.ones(300_000, np.float32))
+    code = """
+import sys
+sys.modules["rich"] = sys.modules["zarr"] = None
+from actreg_dispatch.__main__ import main
+main(["penalty", sys.argv[1], "--lam", "1"])
+"""
+    assert python("-c", code, str(path)).stdout.startswith("penalty 300000.0 (l1, λ = 1.0, ")
+
+
 # Zarr.
 
 

@@ -443,25 +443,24 @@ class _Run:
     ) -> None:
         """Call ``visit`` with every block of the activations, and of the gradients if any."""
         self._passes += 1
-        itemsize = self._store.dtype.itemsize
-        done, whole = 0, self._size * itemsize * (1 if updates is None else 3)
         mapped = self._store.mapped and self._quick_sum is not None  # and so never copied
-        regions = (
-            updates.regions
-            if updates
-            else self._store.regions(WINDOW_BYTES if mapped else BLOCK_BYTES)
-        )
+        if updates is None:
+            regions = self._store.regions(WINDOW_BYTES if mapped else BLOCK_BYTES)
+        else:
+            regions = updates.regions
+        itemsize, times = self._store.dtype.itemsize, 1 if updates is None else 3
+        done = 0
         for index, region in enumerate(regions):
-            x, g = self._store.read(region), None
-            if updates is not None:
-                g = updates.load(index, region)
+            x = self._store.read(region)
+            g = None if updates is None else updates.load(index, region)
             visit(x, g)
-            moved = _elements(region) * itemsize * (1 if g is None else 3)
             del x  # before the next window is mapped
+            size = _elements(region) * itemsize
             if updates is not None and g is not None:
                 updates.write(region, g)
-            self._bytes += moved
-            done += moved if updates is None or g is not None else 3 * moved
+                self._bytes += 2 * size
             del g
+            self._bytes += size
+            done += size * times
             if self._progress is not None:
-                self._progress(step, done, whole)
+                self._progress(step, done, self._size * itemsize * times)

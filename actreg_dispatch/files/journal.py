@@ -172,7 +172,8 @@ def left_behind(path: Path) -> str:
     """Return what is to be said where a journal must not be."""
     return (
         f"{path} exists: an update of these gradients is under way or was interrupted; "
-        f"go on with it by the same command and --resume"
+        f"go on with it by the same command and --resume (or delete the journal, if you have put "
+        f"all gradients back from a copy)"
     )
 
 
