@@ -164,7 +164,7 @@ class NpyFile:
 
     def read(self, region: Region) -> Array:
         # A mapping of the page cache, which is released with the array. Beside the time that a sum
-        # in memory takes, large windows take 1.05 to 1.15, whether they are mapped ahead, populated
+        # in memory takes, large windows take 1.05 to 1.4, whether they are mapped ahead, populated
         # or neither, and buffers that are read into 1.4 to 3.
         place, size = self._bytes(region)
         start = place - place % mmap.ALLOCATIONGRANULARITY
