@@ -159,7 +159,12 @@ def _add_files(commands: Any) -> None:
             )
         norms = [norm.value for norm in ActivityNorm]
         command.add_argument("--norm", choices=norms, default="l1", help="(default: l1)")
-        command.add_argument("--lam", type=float, required=True, help="the strength λ")
+        command.add_argument(
+            "--lam",
+            type=_strength,
+            required=True,
+            help="the strength λ; for l1_l2_squared two, as in 1e-3,1e-4",
+        )
         command.add_argument(
             "--epsilon", type=float, help="l2: the sum of squares up to which there is no gradient"
         )
@@ -193,6 +198,14 @@ def _add_files(commands: Any) -> None:
         action="store_true",
         help="go on with an update that was interrupted, with the same arguments",
     )
+
+
+def _strength(text: str) -> float | tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two of them") from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _norm(text: str) -> ActivityNorm:

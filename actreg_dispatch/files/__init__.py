@@ -49,11 +49,9 @@ from actreg_dispatch.registry import NUMPY
 from actreg_dispatch.regularization import ActivityRegularization, resolved
 from actreg_dispatch.rounding import (
     Outcome,
-    PartialSum,
     compute_dtype,
     decided,
-    degree_of,
-    merge_pairs,
+    merge_totals,
 )
 from actreg_dispatch.transfer import move, write_back
 
@@ -383,12 +381,13 @@ class _Run:
     def sum(self, updates: _Updates | None = None) -> Outcome:
         """Sum the activations, and update the gradients of a norm other than L2 on the way."""
         norm, call, quick_sum = self._reg.norm, self._call, self._quick_sum
-        hi, lo = 0.0, 0.0
-        total = PartialSum(degree_of(norm), self._compute)
+        nothing = np.empty(0, self._store.dtype.newbyteorder("="))
+        quick_total = () if quick_sum is None else quick_sum(nothing, norm)
+        total = self._reg.partial_sum(nothing)
 
         def quickly(x: Any, g: Any) -> None:
-            nonlocal hi, lo
-            hi, lo = merge_pairs(hi, lo, *quick_sum(x, norm, g, call.strength))
+            nonlocal quick_total
+            quick_total = merge_totals(quick_total, quick_sum(x, norm, g, call.strength))
 
         def exactly(x: Any, g: Any) -> None:
             nonlocal total
@@ -399,7 +398,7 @@ class _Run:
         step = "sum" if updates is None else "update"
         if quick_sum is not None:
             self._walk(step, quickly, updates)
-            found = decided(hi, lo, self._size, self._compute, norm, call.lam, call.epsilon)
+            found = decided(quick_total, self._size, self._compute, norm, call.lam, call.epsilon)
             if found is not None:
                 return found
             step, updates = "exact sum", None
