@@ -162,7 +162,7 @@ def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gr
     if _overlaps_itself(write):
         raise ValueError(
             f"{name} overlap themselves: several elements share one memory cell, as in a "
-            f"broadcast view; pass {name}.copy()"
+            f"broadcast view; pass a copy of {name}"
         )
     if _share_memory(_described(activations), write):
         raise ValueError(

@@ -45,7 +45,7 @@ OVERLAPPING = {
 
 @pytest.mark.parametrize("gradients", OVERLAPPING.values(), ids=OVERLAPPING)
 def test_gradients_must_not_overlap_themselves(gradients):
-    match = r"gradients overlap themselves.*gradients\.copy"
+    match = r"gradients overlap themselves.*pass a copy of gradients"
     refuse(ValueError, match, np.ones(gradients.shape), gradients)
 
 
