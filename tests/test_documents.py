@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NEEDS = {"03_dask.ipynb": ("dask.array", "zarr", "resource")}  # what is not installed for the tests
+NEEDS = {  # notebook -> what may not be installed for the tests
+    "02_pytorch.ipynb": ("torch",),
+    "03_dask.ipynb": ("dask.array", "zarr", "resource"),
+}
 
 
 def test_the_examples_of_the_readme_run():
