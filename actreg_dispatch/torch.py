@@ -191,13 +191,14 @@ class ActivityRegularizer(torch.nn.Module):
     λ and ``scale`` are those of the forward pass. In evaluation mode the layer does nothing at all.
     Under ``no_grad`` the penalty is found, and there is no gradient to add to.
 
-    A layer that is called several times adds the gradient of each call; ``penalty`` is the last
-    one's. With ``reduction="sum"`` λ is per element of the batch that passes.
+    The gradient is added to what comes back, so nothing is where the loss does not depend on the
+    output. A layer that is called several times adds the gradient of each call; ``penalty`` is the
+    last one's.
 
     λ and ``scale`` are settings and not part of ``state_dict``. Copies and pickles keep them.
 
     The output shares the input's memory, and PyTorch refuses to change it in place: put
-    ``ReLU(inplace=True)`` before this layer.
+    ``ReLU(inplace=True)`` before this layer. Forward-mode AD is refused, as it has no way back.
 
     Examples
     --------
@@ -520,11 +521,9 @@ def _plain(name: str, tensor: Any) -> torch.Tensor:
             f"{name} are inside a transform of torch.func, where memory cannot be written; use "
             f"actreg_dispatch.torch.penalty there, or call this outside"
         )
-    storage = tensor.untyped_storage()
-    if (
-        tensor._is_zerotensor()
-        or torch._is_functional_tensor(tensor)
-        or storage.nbytes() < _reach(tensor) * tensor.itemsize
+    reach = _reach(tensor)
+    if reach and (
+        not tensor.data_ptr() or tensor.untyped_storage().nbytes() < reach * tensor.itemsize
     ):
         raise ValueError(
             f"{name} have no memory, or less than their shape takes, as where a storage was freed; "

@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     # PyTorch looks at the .grad of whatever it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
     # what CuPy says of a PyTorch that is older than its protocol for streams
     pytest.mark.filterwarnings("ignore:ExternalStream is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*Sparse CSR.*:UserWarning"),
@@ -716,11 +717,11 @@ def test_compiled_code_calls_the_library(compiled, norm):
 def test_a_graph_that_must_be_whole_cannot_hold_the_call(compiled):
     reg, x = ActivityRegularization.l1(0.3), torch.ones(3)
     unsupported = torch._dynamo.exc.Unsupported
-    with pytest.raises(unsupported, match=r"penalty[^$]*torch\.compiler\.disable"):
+    with pytest.raises(unsupported, match="function penalty"):
         compiled(lambda x: tensors.penalty(reg, x) + 1, fullgraph=True)(x)
-    with pytest.raises(unsupported, match=r"forward[^$]*torch\.compiler\.disable"):
+    with pytest.raises(unsupported, match=r"ActivityRegularizer\.forward"):
         compiled(ActivityRegularizer(reg), fullgraph=True)(x)
-    with pytest.raises(TypeError, match="FakeTensor"):
+    with pytest.raises((TypeError, unsupported), match=r"FakeTensor|ActivityRegularizer\.forward"):
         torch.export.export(ActivityRegularizer(reg), (x,))
 
 
@@ -960,7 +961,11 @@ def test_a_device_without_cupy_is_unavailable(on_device):
     if not registry.why_unavailable("cupy"):
         pytest.skip("CuPy can be used here")
     array = types.SimpleNamespace(
-        dtype=np.dtype(np.float32), strides=(4,), itemsize=4, shape=(3,), data=None
+        dtype=np.dtype(np.float32),
+        strides=(4,),
+        itemsize=4,
+        shape=(3,),
+        data=types.SimpleNamespace(ptr=1),
     )
     tensor = on_device.at(array)
     with pytest.raises(BackendUnavailableError, match=r"device cuda:0 of the tensors.*CuPy"):
