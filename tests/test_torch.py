@@ -475,7 +475,7 @@ def test_a_default_device_does_not_matter():
         assert reg.apply(activations, gradients).is_cpu
         penalty = reg.penalty(activations)
         passed = ActivityRegularizer(reg)(activations)
-    (penalty + passed.sum()).backward()
+        (penalty + passed.sum()).backward()
     assert activations.grad.tolist() == [2.0] * 3
 
 
