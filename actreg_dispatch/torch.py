@@ -407,7 +407,7 @@ class _Passing(_Regularizing):
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
         (activations,) = ctx.saved_tensors
-        scale = torch.tensor(ctx.scale, dtype=torch.float64, device="cpu")
+        scale = torch.tensor(ctx.scale, dtype=torch.float64)
         reg = _Passing.kept(ctx)
         return None, None, _differentiable(_Gradient, reg, activations, scale, incoming)
 
