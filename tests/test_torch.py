@@ -1042,6 +1042,27 @@ def test_memory_of_a_device_is_updated_in_place(cupy, on_device, stream, norm, d
     assert added.tobytes() == reg.penalty_and_gradient(x)[1].tobytes()
 
 
+@norms
+def test_an_explicit_choice_moves_data_and_brings_it_back(cupy, on_device, stream, norm):
+    values, start = np.float32([1.0, -2.0, 0.0]), np.float32([1.0, 1.0, 1.0])
+    expected = ActivityRegularization(0.1, norm).apply(values, start)
+
+    gradients = torch.ones(3)
+    found = ActivityRegularization(0.1, norm, backend="cupy").apply(
+        torch.from_numpy(values), gradients
+    )
+    assert found.is_cpu
+    assert (found.numpy().tobytes(), bits(gradients)) == (expected.tobytes(), start.tobytes())
+
+    gradients = cupy.ones(3, "float32")
+    found = ActivityRegularization(0.1, norm, backend="numpy").apply(
+        on_device.at(cupy.asarray(values)), on_device.at(gradients)
+    )
+    assert found.is_cuda
+    assert found.array.get().tobytes() == expected.tobytes()
+    assert gradients.get().tobytes() == start.tobytes()
+
+
 def test_kernels_go_to_the_current_stream_of_pytorch(cupy, on_device, stream, monkeypatch):
     from actreg_dispatch.backends import cupy_cuda
 
