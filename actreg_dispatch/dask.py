@@ -55,7 +55,7 @@ from actreg_dispatch.threads import serially
 from actreg_dispatch.transfer import move
 from actreg_dispatch.validation import check_activations
 
-__all__ = ["add_gradient", "apply", "partial_sum", "penalty", "penalty_and_gradient"]
+__all__ = ["add_gradient", "apply", "apply_all", "partial_sum", "penalty", "penalty_and_gradient"]
 
 
 def penalty(reg: ActivityRegularization, activations: da.Array) -> da.Array:
@@ -171,6 +171,13 @@ def apply(reg: ActivityRegularization, activations: Any, gradients: Any, *, scal
         "gradients of Dask activations cannot be updated in place; write penalty, gradient = "
         "reg.penalty_and_gradient(activations) and then gradients = gradients + gradient"
     )
+
+
+def apply_all(
+    reg: ActivityRegularization, labels: Any, activations: Any, gradients: Any, *, scale: Any
+) -> NoReturn:
+    """Refuse to update Dask arrays in place; see :func:`apply`."""
+    apply(reg, activations, gradients, scale=scale)
 
 
 def add_gradient(

@@ -41,7 +41,7 @@ try:
 except ImportError:  # it is experimental, so it may go as it came
     buffer_callback = None
 
-__all__ = ["add_gradient", "apply", "partial_sum", "penalty", "penalty_and_gradient"]
+__all__ = ["add_gradient", "apply", "apply_all", "partial_sum", "penalty", "penalty_and_gradient"]
 
 _ALIGNMENT = 64  # bytes; XLA takes over a NumPy array that lies so, and copies others
 
@@ -180,6 +180,19 @@ def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> PartialS
 
 def apply(
     reg: ActivityRegularization, activations: jax.Array, gradients: Any, *, scale: Any = 1.0
+) -> Any:
+    """Refuse: JAX arrays cannot be written.
+
+    Raises
+    ------
+    TypeError
+        Always; it names the functions to call instead.
+    """
+    raise _immutable("gradients")
+
+
+def apply_all(
+    reg: ActivityRegularization, labels: Any, activations: Any, gradients: Any, *, scale: Any = 1.0
 ) -> Any:
     """Refuse: JAX arrays cannot be written.
 

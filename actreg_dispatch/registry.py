@@ -31,6 +31,7 @@ __all__ = [
     "AUTO",
     "CUPY",
     "ENVIRONMENT_VARIABLE",
+    "LIBRARIES",
     "NUMPY",
     "RAW_ENVIRONMENT",
     "RAW_KEY",
@@ -385,8 +386,11 @@ def array_type_of(cls: type) -> str | None:
 
 def library_of(array: Any) -> Any:
     """Return the module of :data:`LIBRARIES` for ``array``; None if backends take it as it is."""
-    module = LIBRARIES.get(array_type_of(type(array)) or "")
-    return module and importlib.import_module(module)
+    array_type = array_type_of(type(array))
+    if array_type not in LIBRARIES:
+        return None
+    name = LIBRARIES[array_type]
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 def choose(

@@ -592,12 +592,15 @@ class ActivityRegularization:
         (3.5, 2.0, array([0.5]))
         """
         names, xs, gs = _layers(activations, gradients)
-        layers = self._express_all(xs, gs, scale)
-        if layers is None:
-            labels = range(len(xs)) if names is None else names
-            layers = self._general_all(list(labels), xs, gs, scale)
-        named = layers if names is None else dict(zip(names, layers, strict=True))
-        return Penalties(_total(layers), named)
+        labels = list(range(len(xs))) if names is None else names
+        library = library_of(xs[0]) if xs else None
+        if library is not None:
+            total, layers = library.apply_all(self, labels, xs, gs, scale=scale)
+        else:
+            found = self._express_all(xs, gs, scale)
+            layers = self._general_all(labels, xs, gs, scale) if found is None else found
+            total = _total(layers)
+        return Penalties(total, layers if names is None else dict(zip(names, layers, strict=True)))
 
     def _express_all(
         self, xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float

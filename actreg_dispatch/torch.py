@@ -29,14 +29,15 @@ from torch.autograd import forward_ad
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import array_type_of, usable
-from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.rounding import PartialSum
+from actreg_dispatch.regularization import ActivityRegularization, Penalties
+from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.validation import check_real
 
 __all__ = [
     "ActivityRegularizer",
     "add_gradient",
     "apply",
+    "apply_all",
     "partial_sum",
     "penalty",
     "penalty_and_gradient",
@@ -58,8 +59,8 @@ _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
     r"""Return the penalty of ``activations``, differentiably.
 
-    λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``. It is the same
-    function as ``reg.penalty(activations)``.
+    λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``, λ₁·Σ|xᵢ| + λ₂·Σxᵢ²
+    for ``"l1_l2_squared"``. It is the same function as ``reg.penalty(activations)``.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
 
 
 @torch.compiler.disable
-def partial_sum(reg: ActivityRegularization, activations: torch.Tensor) -> PartialSum:
+def partial_sum(reg: ActivityRegularization, activations: torch.Tensor) -> PartialSum | PairedSum:
     """Do :meth:`ActivityRegularization.partial_sum`; waits for a device."""
     x = _plain("activations", activations)
     with _where(x):
@@ -122,6 +123,39 @@ def apply(
 ) -> torch.Tensor:
     """Do :meth:`ActivityRegularization.apply`; the penalty does not require grad."""
     return _update(reg, *_pair(activations, gradients), scale)
+
+
+@torch.compiler.disable
+def apply_all(
+    reg: ActivityRegularization,
+    labels: list[Any],
+    activations: tuple[torch.Tensor, ...],
+    gradients: tuple[torch.Tensor, ...],
+    *,
+    scale: float = 1.0,
+) -> Penalties:
+    """Do :meth:`ActivityRegularization.apply_all`; the layers are on one device."""
+    pairs = [
+        _pair(x, g, f"gradients[{label!r}]")
+        for label, x, g in zip(labels, activations, gradients, strict=True)
+    ]
+    devices = {x.device for x, _ in pairs}
+    if len(devices) > 1:
+        raise ValueError(
+            f"activations are on several devices ({', '.join(sorted(map(str, devices)))}); "
+            f"call apply_all for each"
+        )
+    xs, gs = ([_view(tensor) for tensor in tensors] for tensors in zip(*pairs, strict=True))
+    with _where(pairs[0][0]):
+        total, layers = reg.apply_all(
+            dict(zip(labels, xs, strict=True)), dict(zip(labels, gs, strict=True)), scale=scale
+        )
+        values = [_as_tensor(layers[label], x) for label, (x, _) in zip(labels, pairs, strict=True)]
+        widest, _ = max(pairs, key=lambda pair: pair[0].dtype == torch.float64)
+        whole = _as_tensor(total, widest)
+    for _, g in pairs:
+        torch.autograd.graph.increment_version(g)
+    return Penalties(whole, values)
 
 
 @torch.compiler.disable
@@ -150,7 +184,7 @@ def add_gradient(
     reg: ActivityRegularization,
     activations: torch.Tensor,
     gradients: torch.Tensor,
-    total: PartialSum | None = None,
+    total: PartialSum | PairedSum | None = None,
     *,
     count: int | None = None,
     scale: float = 1.0,
@@ -439,6 +473,9 @@ def _expression(
     def gradient(activations: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         x = activations.to(_compute_dtype(activations))
         count = {"sum": 1, "mean": x.numel(), "batch": len(x) if x.ndim else 1}[reg.reduction]
+        if reg.norm is ActivityNorm.L1_L2_SQUARED:
+            first, second = (lam / max(1, count) * scale for lam in reg.lam)
+            return (first * x.sign() + second * 2 * x).to(activations.dtype)
         strength = reg.lam / max(1, count) * scale
         if reg.norm is ActivityNorm.L1:
             added = strength * x.sign()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.errors import MixedArraysError
-from actreg_dispatch.registry import CUPY, NUMPY, array_type_of
+from actreg_dispatch.registry import CUPY, LIBRARIES, NUMPY, array_type_of
 from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
 __all__ = ["check_activations", "check_apart", "check_gradients", "check_number", "check_real"]
@@ -80,6 +80,11 @@ def _checked(name: str, array: Any) -> tuple[str, Any]:
         raise TypeError(
             f"{name} must be a NumPy or CuPy array, not a {cls.__module__}.{cls.__qualname__}; "
             f"convert it, for example with numpy.asarray"
+        )
+    if array_type in LIBRARIES:
+        raise MixedArraysError(
+            f"{name} are a {array_type} among arrays of another library; pass arrays of one, "
+            f"no data is moved unasked"
         )
     if array.dtype not in COMPUTE_DTYPES and compute_dtype(array.dtype) is None:
         raise TypeError(

@@ -580,3 +580,8 @@ def test_chunks_of_numpy_travel_to_a_device_that_is_asked_for(cupy, values):
     assert type(found[0]) is np.float64
     assert type(found[1]) is np.ndarray
     assert bits(*found) == bits(*ActivityRegularization.l2(0.1).penalty_and_gradient(values))
+
+
+def test_many_layers_cannot_be_updated_in_place_either():
+    with pytest.raises(TypeError, match=r"gradients .*cannot be updated in place"):
+        ActivityRegularization(0.5).apply_all([da.ones(3)], [da.ones(3)])

@@ -675,3 +675,8 @@ print("done")
 """
     done = python("-c", code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2")
     assert done.stdout == "done\n", done.stderr
+
+
+def test_many_layers_cannot_be_updated_in_place_either():
+    with pytest.raises(TypeError, match=r"gradients .*cannot be updated in place"):
+        ActivityRegularization(0.5).apply_all([jnp.ones(3)], [jnp.ones(3)])

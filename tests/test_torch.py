@@ -1104,3 +1104,40 @@ def test_a_view_of_a_device_keeps_the_tensor_alive(cupy, on_device):
 def test_the_module_is_found_by_its_name():
     assert actreg_dispatch.torch is tensors
     assert registry.library_of(torch.nn.Parameter(torch.ones(1))) is tensors
+
+
+# Many layers.
+
+
+@norms
+@dtypes
+def test_all_layers_at_once_are_those_of_a_loop(norm, dtype):
+    reg = ActivityRegularization(0.1, norm)
+    layers = {
+        str(k): normal(*shape, dtype=dtype) for k, shape in enumerate([(5,), (), (0,), (3, 4)])
+    }
+    alone = {name: torch.ones_like(x) for name, x in layers.items()}
+    expected = {name: reg.apply(x, alone[name], scale=2.0) for name, x in layers.items()}
+    together = {name: torch.ones_like(x) for name, x in layers.items()}
+    versions = [g._version for g in together.values()]
+    total, penalties = reg.apply_all(layers, together, scale=2.0)
+    assert all(bits(penalties[name]) == bits(expected[name]) for name in layers)
+    assert all(bits(together[name]) == bits(alone[name]) for name in layers)
+    assert total.dtype == penalties["0"].dtype
+    assert total.shape == ()
+    assert [g._version for g in together.values()] == [version + 1 for version in versions]
+
+
+def test_layers_of_which_one_is_wrong_are_all_left_alone():
+    reg, tensor = ActivityRegularization(0.1), torch.ones(3)
+    for wrong, error, message in (
+        ((tensor, torch.ones(2)), ValueError, r"gradients\[1\] have shape \(2,\)"),
+        ((tensor, np.ones(3, np.float32)), MixedArraysError, r"gradients\[1\] are a numpy.ndarray"),
+        ((tensor, torch.ones(3).double()), TypeError, r"gradients\[1\] have dtype torch.float64"),
+    ):
+        gradients = [torch.zeros(3), wrong[1]]
+        with pytest.raises(error, match=message):
+            reg.apply_all([tensor, wrong[0]], gradients)
+        assert not gradients[0].any()
+    with pytest.raises(MixedArraysError, match=r"activations\[1\] are a torch.Tensor among"):
+        reg.apply_all([np.ones(3), tensor], [np.zeros(3), torch.zeros(3)])
