@@ -20,12 +20,14 @@ activations larger than memory, take the total first, and then what needs it:
 >>> import dask.array as da
 >>> import numpy as np
 >>> from actreg_dispatch import ActivityRegularization
+>>> from actreg_dispatch.threads import serially
 >>> reg = ActivityRegularization.l2(1.0)
 >>> activations = da.from_array(np.array([3.0, 0.0, 0.0, 4.0]), chunks=2)
 >>> total = reg.partial_sum(activations).compute()
 >>> def gradient(chunk):
 ...     added = np.zeros_like(chunk)
-...     reg.add_gradient(chunk, added, total)
+...     with serially():  # the workers are the threads
+...         reg.add_gradient(chunk, added, total)
 ...     return added
 >>> activations.map_blocks(gradient, dtype=activations.dtype).compute()
 array([0.6, 0. , 0. , 0.8])

@@ -54,7 +54,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 def normal(*shape, dtype=torch.float32, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype, **options)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype, **options)
 
 
 def bits(tensor):
@@ -78,6 +78,7 @@ def formula(norm, lam=0.3):
         ActivityNorm.L1: lambda x: lam * x.abs().sum(),
         ActivityNorm.L2: lambda x: lam * torch.linalg.vector_norm(x),
         ActivityNorm.L2_SQUARED: lambda x: lam * x.square().sum(),
+        ActivityNorm.L1_L2_SQUARED: lambda x: lam * (x.abs().sum() + x.square().sum()),
     }[norm]
 
 
