@@ -23,7 +23,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -178,9 +178,7 @@ def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> PartialS
     return reg.partial_sum(np.asarray(activations))
 
 
-def apply(
-    reg: ActivityRegularization, activations: jax.Array, gradients: Any, *, scale: Any = 1.0
-) -> Any:
+def apply(*arguments: Any, **options: Any) -> NoReturn:
     """Refuse: JAX arrays cannot be written.
 
     Raises
@@ -191,36 +189,7 @@ def apply(
     raise _immutable("gradients")
 
 
-def apply_all(
-    reg: ActivityRegularization, labels: Any, activations: Any, gradients: Any, *, scale: Any = 1.0
-) -> Any:
-    """Refuse: JAX arrays cannot be written.
-
-    Raises
-    ------
-    TypeError
-        Always; it names the functions to call instead.
-    """
-    raise _immutable("gradients")
-
-
-def add_gradient(
-    reg: ActivityRegularization,
-    activations: jax.Array,
-    gradients: Any,
-    total: PartialSum | PairedSum | None = None,
-    *,
-    count: int | None = None,
-    scale: Any = 1.0,
-) -> None:
-    """Refuse: JAX arrays cannot be written.
-
-    Raises
-    ------
-    TypeError
-        Always; it names the functions to call instead.
-    """
-    raise _immutable("gradients")
+apply_all = add_gradient = apply
 
 
 def _immutable(name: str) -> TypeError:

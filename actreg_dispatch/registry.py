@@ -85,7 +85,11 @@ class Backend(Protocol):
     penalty, λ of the gradient (neither rounded to T yet) and epsilon (NaN for the default), and
     returns the penalty as a float, :data:`~actreg_dispatch.rounding.REFUSED` or
     :data:`~actreg_dispatch.rounding.UNDECIDED`. Where ``writes`` is false the gradients are the
-    activations again, to be left alone.
+    activations again, to be left alone. Another, ``express_all``, does many layers at once, see
+    :func:`actreg_dispatch.backends.many_arrays.express_all`.
+
+    A backend for CuPy arrays may have a function ``apply_many``, which does the same for layers
+    that have been checked, see :func:`actreg_dispatch.backends.many_cupy_arrays.apply_many`.
     """
 
     @property

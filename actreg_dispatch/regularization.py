@@ -609,12 +609,12 @@ class ActivityRegularization:
         if not xs or type(xs[0]) is not _NDARRAY or compute_dtype(xs[0].dtype) is None:
             return None
         backend, target = choose(NUMPY, xs[0].dtype, self._backend, log=False)
-        apply_many = getattr(backend, "apply_many", None)
-        if target != NUMPY or apply_many is None:
+        express_all = getattr(backend, "express_all", None)
+        if target != NUMPY or express_all is None:
             return None
         if scale is not _UNSCALED:
             scale = _checked_scale(scale)
-        penalties = apply_many(xs, gs, self._norm, self._lam, scale, self._reduction, self._floor)
+        penalties = express_all(xs, gs, self._norm, self._lam, scale, self._reduction, self._floor)
         if penalties is None:
             return None
         choose(NUMPY, xs[0].dtype, self._backend)  # once more, to log it

@@ -43,14 +43,14 @@ def assert_as_in_a_loop(reg, xs, gs, **options):
 @pytest.fixture
 def taken(monkeypatch):
     """Count the calls that the compiled function takes."""
-    calls, real = [], many_arrays.apply_many
+    calls, real = [], many_arrays.express_all
 
     def watched(*arguments):
         result = real(*arguments)
         calls.append(result is not None)
         return result
 
-    monkeypatch.setattr(many_arrays, "apply_many", watched)
+    monkeypatch.setattr(many_arrays, "express_all", watched)
     return calls
 
 
@@ -113,6 +113,15 @@ def test_names_lead_to_the_penalties():
     assert layers == {"a": 1.5, "b": 2.0}
     assert total == 3.5
     assert gs["b"].tolist() == [-2.5, -2.5]
+
+
+def test_a_layer_without_axes_has_no_batch():
+    gradients = [np.zeros(3), np.zeros(())]
+    with pytest.raises(ValueError, match="activations have no axes, so no batch"):
+        ActivityRegularization(0.5, reduction="batch").apply_all(
+            [np.ones(3), np.ones(())], gradients
+        )
+    assert not gradients[0].any()
 
 
 def test_no_layers_at_all():

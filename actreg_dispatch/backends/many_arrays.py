@@ -3,7 +3,7 @@
 To look at an array from Python takes about as long as to update a small layer. So compiled code
 looks itself: it is given the addresses of the array objects and reads from them what NumPy's C
 interface keeps there (``PyArrayObject_fields``). That it does so in this interpreter is verified
-when the module is loaded; if not, :func:`apply_many` takes nothing.
+when the module is loaded; if not, :func:`express_all` takes nothing.
 
 What is not plain (another class, dtype or order, overlaps, read-only) is left, untouched, to the
 general route.
@@ -49,7 +49,7 @@ from actreg_dispatch.rounding import (
 )
 from actreg_dispatch.threads import may_use_threads
 
-__all__ = ["apply_many"]
+__all__ = ["express_all"]
 
 # Where an array object has its fields, in bytes: after the head that all Python objects have.
 _HEAD = object.__basicsize__
@@ -59,7 +59,7 @@ _OBJECTS = types.Array(types.int64, 2, "C")
 _TABLE = types.Array(types.int64, 2, "C")  # for each layer: where x and g are, size, batch
 
 
-def apply_many(
+def express_all(
     activations: tuple[Any, ...],
     gradients: tuple[Any, ...],
     norm: ActivityNorm,
@@ -84,6 +84,8 @@ def apply_many(
     table = np.empty((layers, 4), np.int64)
     size = _kernel(_inspector)(objects.reshape(2, layers), id(dtype), dtype.itemsize, table)
     if size < 0:
+        return None
+    if reduction == "batch" and (table[:, 3] < 0).any():  # no axes, no batch
         return None
     counts = np.ones((layers, 1), np.int64)
     if reduction != "sum":
@@ -145,7 +147,7 @@ def _inspector() -> Any:
                     return -1
                 size *= length
             table[layer, 0], table[layer, 1] = _load(x + _DATA), _load(g + _DATA)
-            table[layer, 2], table[layer, 3] = size, _load(x_shape) if axes else 0
+            table[layer, 2], table[layer, 3] = size, _load(x_shape) if axes else -1
             for k in range(2):
                 starts[2 * layer + k] = table[layer, k]
                 ends[2 * layer + k] = table[layer, k] + size * itemsize

@@ -165,11 +165,11 @@ def express(
     return _kernel(factory, norm, dtype, writes, parallel)  # type: ignore[no-any-return]
 
 
-def apply_many(*arguments: Any) -> np.ndarray[Any, Any] | None:
-    """Do :func:`~actreg_dispatch.backends.many_arrays.apply_many`, loaded when it is needed."""
+def express_all(*arguments: Any) -> np.ndarray[Any, Any] | None:
+    """Do :func:`~actreg_dispatch.backends.many_arrays.express_all`, loaded when it is needed."""
     from actreg_dispatch.backends import many_arrays
 
-    return many_arrays.apply_many(*arguments)
+    return many_arrays.express_all(*arguments)
 
 
 def quick_sum(
