@@ -156,6 +156,7 @@ _ENTRIES: dict[str, _Entry] = {}
 # Class of an array -> dotted name of its library's array type.
 _ARRAY_TYPES: MutableMapping[type, str] = weakref.WeakKeyDictionary()
 _DECISIONS: dict[tuple[str, str, np.dtype[Any], bool], tuple[Backend, str]] = {}
+_LIBRARY_MODULES: dict[str, Any] = {}
 _LOCK = threading.RLock()
 lock_over_fork(_LOCK)
 _OVERRIDE: ContextVar[str | None] = ContextVar("actreg_dispatch_backend", default=None)
@@ -393,8 +394,10 @@ def library_of(array: Any) -> Any:
     array_type = array_type_of(type(array))
     if array_type not in LIBRARIES:
         return None
-    name = LIBRARIES[array_type]
-    return sys.modules.get(name) or importlib.import_module(name)
+    module = _LIBRARY_MODULES.get(array_type)
+    if module is None:  # waits where another thread is importing it
+        module = _LIBRARY_MODULES[array_type] = importlib.import_module(LIBRARIES[array_type])
+    return module
 
 
 def choose(
