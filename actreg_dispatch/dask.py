@@ -95,7 +95,7 @@ def penalty(reg: ActivityRegularization, activations: da.Array) -> da.Array:
 
 
 def partial_sum(reg: ActivityRegularization, activations: da.Array) -> Any:
-    """Return Σ|x| for ``"l1"``, Σx² for the others, exactly and lazily.
+    """Return the sum, or both, that the norm takes, exactly and lazily.
 
     Parameters
     ----------

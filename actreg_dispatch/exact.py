@@ -18,7 +18,10 @@ __all__ = ["binary64", "exact_result", "exact_sum", "root_of", "rounded"]
 
 
 def exact_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Fraction:
-    """Return Σ|x| for ``L1``, Σx² for the others, of finite ``activations``, without rounding."""
+    """Return Σ|x| for ``L1``, Σx² for ``L2`` and ``L2_SQUARED``, without rounding.
+
+    ``activations`` must be finite.
+    """
     values = (Fraction(float(value)) for value in activations.ravel())
     if norm is ActivityNorm.L1:
         return sum((abs(value) for value in values), Fraction(0))

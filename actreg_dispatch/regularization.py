@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
+import numbers
 import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -123,7 +123,7 @@ class ActivityRegularization:
     gradient is computed in T, added in T, and rounded to the dtype of the gradients once. So every
     bit is the same for any order of summation. NaN and infinity propagate.
 
-    The three norms, the constructors, :meth:`apply` and :meth:`penalty` are those of
+    L1, L2 and squared L2, their constructors, :meth:`apply` and :meth:`penalty` are those of
     ``ActivityRegularization`` in the Rust crate scirs2 (``regularizers/activity.rs``).
 
     Examples
@@ -206,8 +206,9 @@ class ActivityRegularization:
         reduction: str = "sum",
         backend: str | None = None,
     ) -> ActivityRegularization:
-        """Return both in one pass, as ``keras.layers.ActivityRegularization(l1, l2)`` adds them.
+        """Return both in one pass.
 
+        With ``reduction="batch"`` it is what ``keras.layers.ActivityRegularization(l1, l2)`` adds.
         P(x) = l1·Σ|xᵢ| + l2_squared·Σxᵢ², gradient l1·sign(xᵢ) + (l2_squared·2)·xᵢ.
         """
         lam = check_number("l1", l1), check_number("l2_squared", l2_squared)
@@ -220,10 +221,18 @@ class ActivityRegularization:
 
     @lam.setter
     def lam(self, value: Strength) -> None:
+        if isinstance(value, np.ndarray) and value.shape == (2,):
+            value = tuple(value.tolist())
+        several = isinstance(value, (tuple, list))
         if self._norm is not ActivityNorm.L1_L2_SQUARED:
+            if several and len(value) == 2:  # type: ignore[arg-type]
+                raise TypeError(
+                    f"lam={value!r} are several numbers, but norm {self._norm.value!r} takes one; "
+                    f"pass one, or use norm 'l1_l2_squared'"
+                )
             self._lam: Any = check_number("lam", value)
             return
-        pair = value if isinstance(value, (tuple, list)) else (value, value)
+        pair: Any = value if several else (value, value)
         if len(pair) != 2:
             raise ValueError(f"lam={value!r} are not two numbers; pass (l1, l2_squared)")
         self._lam = check_number("lam[0]", pair[0]), check_number("lam[1]", pair[1])
@@ -251,7 +260,8 @@ class ActivityRegularization:
     def penalty(self, activations: Any) -> Any:
         r"""Return the penalty of ``activations``, which are only read.
 
-        λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``.
+        λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``,
+        λ₁·Σ|xᵢ| + λ₂·Σxᵢ² for ``"l1_l2_squared"``.
 
         Parameters
         ----------
@@ -295,7 +305,9 @@ class ActivityRegularization:
         return _returned(result, target, activations, kind)
 
     def partial_sum(self, activations: Any) -> Total:
-        """Return the sum over a piece of the activations, exactly: Σ|xᵢ| for ``"l1"``, else Σxᵢ².
+        """Return the sum over a piece of the activations, exactly.
+
+        Σ|xᵢ| for ``"l1"``, Σxᵢ² for ``"l2"`` and ``"l2_squared"``, both for ``"l1_l2_squared"``.
 
         What comes in pieces, from a file, from several devices or processes, has the penalty of
         the whole: add up the partial sums of the pieces, in any order, and :meth:`finish`.
@@ -378,7 +390,7 @@ class ActivityRegularization:
         ----------
         activations, gradients : numpy.ndarray, cupy.ndarray
             One piece of the whole, as for :meth:`apply`.
-        total : PartialSum, optional
+        total : PartialSum or PairedSum, optional
             The sum of what :meth:`partial_sum` returned for all pieces; ``"l2"`` needs it for ‖x‖.
         count : int, optional
             As for :meth:`finish`.
@@ -412,8 +424,9 @@ class ActivityRegularization:
             activations.dtype, self._checked_count(count), scale
         )
         divisor = 0.0
-        if self._norm is ActivityNorm.L2:
+        if self._norm is ActivityNorm.L2 or total is not None:
             self._check_total(total, COMPUTE_DTYPES[activations.dtype])
+        if self._norm is ActivityNorm.L2:
             found = total.outcome(self._norm, lam, epsilon)  # type: ignore[union-attr]
             if not found.has_gradient:
                 return
@@ -483,7 +496,8 @@ class ActivityRegularization:
         r"""Add the gradient of the penalty to ``gradients`` in place and return the penalty.
 
         Added to ``gradients[i]``: λ·sign(xᵢ) for ``"l1"``, (λ·xᵢ)/‖x‖ for ``"l2"`` unless
-        Σxᵢ² ≤ ``epsilon``, (λ·2)·xᵢ for ``"l2_squared"``, evaluated in the compute dtype in just
+        Σxᵢ² ≤ ``epsilon``, (λ·2)·xᵢ for ``"l2_squared"``, λ₁·sign(xᵢ) + (λ₂·2)·xᵢ for
+        ``"l1_l2_squared"``, evaluated in the compute dtype in just
         this order, without fused multiply-adds, where λ stands for ``scale`` times λ.
 
         Parameters
@@ -597,9 +611,11 @@ class ActivityRegularization:
         if library is not None:
             total, layers = library.apply_all(self, labels, xs, gs, scale=scale)
         else:
-            found = self._express_all(xs, gs, scale)
-            layers = self._general_all(labels, xs, gs, scale) if found is None else found
-            total = _total(layers)
+            layers = self._express_all(xs, gs, scale)
+            if layers is None:
+                total, layers = self._general_all(labels, xs, gs, scale)
+            else:
+                total = _total(layers, None)
         return Penalties(total, layers if names is None else dict(zip(names, layers, strict=True)))
 
     def _express_all(
@@ -628,8 +644,8 @@ class ActivityRegularization:
 
     def _general_all(
         self, labels: list[Any], xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float
-    ) -> list[Any]:
-        """Check all layers, then do one after the other."""
+    ) -> tuple[Any, list[Any]]:
+        """Check all layers, then do one after the other; return the total, too."""
         kinds, pairs, arrays, constants, choices = set(), [], [], [], []
         for label, x, g in zip(labels, xs, gs, strict=True):
             kind, x = check_activations(x, f"activations[{label!r}]")
@@ -647,13 +663,21 @@ class ActivityRegularization:
                 f"call apply_all for each"
             )
         check_apart(arrays)
-        if kinds == {CUPY} and {target for _, target in choices} == {CUPY}:
-            apply_many = getattr(choices[0][0], "apply_many", None)
-            _, xs, gs = zip(*pairs, strict=True)
-            layers = apply_many and apply_many(xs, gs, self._norm, constants)
-            if layers is not None:
-                return layers  # type: ignore[no-any-return]
-        return [self._update(kind, x, g, scale) for kind, x, g in pairs]
+        if {target for _, target in choices} != {CUPY} or kinds != {CUPY}:
+            layers = [self._update(kind, x, g, scale) for kind, x, g in pairs]
+            total = _total(layers, None)
+            if kinds == {CUPY}:
+                total = _returned(total, NUMPY, pairs[0][1], CUPY)
+            return total, layers
+        _, xs, gs = zip(*pairs, strict=True)
+        if len({str(x.device) for x in xs}) > 1:
+            raise ValueError("activations are on several devices; call apply_all for each")
+        backend = choices[0][0]
+        with xs[0].device:
+            apply_many = getattr(backend, "apply_many", None)
+            done = apply_many and apply_many(xs, gs, self._norm, constants)
+            layers = done or [self._update(kind, x, g, scale) for kind, x, g in pairs]
+            return _total(layers, backend), layers
 
     def _update(
         self, kind: str, activations: Any, gradients: Any, scale: float, *, overwrite: bool = False
@@ -751,12 +775,12 @@ class ActivityRegularization:
         """Return what λ is divided by for activations of which only ``count`` is known."""
         if self._reduction == "sum":
             return 1
-        if count is None or operator.index(count) < 0:
+        if not isinstance(count, numbers.Integral) or not 0 <= count < 1 << 63:
             raise ValueError(
                 f"count={count!r}, but reduction={self._reduction!r} divides by a number of all "
                 f"pieces together; pass how many elements ('mean') or samples ('batch') they have"
             )
-        return max(1, operator.index(count))
+        return max(1, int(count))
 
     def _check_total(self, total: Any, dtype: np.dtype[Any] | None = None) -> None:
         """Refuse what is no sum for this norm, and for activations of the compute dtype if any."""
@@ -789,7 +813,7 @@ class ActivityRegularization:
         largest, default = _limits(self._norm, compute)
         wide, wide_strength = self._strengths(count, scale)
         lam = _rounded(wide, compute)
-        if (max(lam) if isinstance(lam, tuple) else lam) > largest:
+        if (max(lam[0] / 2, lam[1]) if isinstance(lam, tuple) else lam) > largest:
             raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
         strength = lam if scale is _UNSCALED else _rounded(wide_strength, compute)
         return lam, strength, default if self._epsilon is None else self._epsilon
@@ -833,8 +857,8 @@ class Resolved(NamedTuple):
 
     backend: Backend
     target: str  # the array type that the backend takes
-    lam: float  # λ of the penalty, in T
-    strength: float  # λ of the gradient, in T
+    lam: Any  # λ of the penalty, in T, or both
+    strength: Any  # λ of the gradient, in T, or both
     epsilon: float
 
 
@@ -888,13 +912,18 @@ def _layers(
     return None, tuple(activations), tuple(gradients)
 
 
-def _total(layers: list[Any]) -> Any:
-    """Return the sum of penalties, which are >= 0, as if they were a norm: rounded once."""
+def _total(layers: list[Any], backend: Backend | None) -> Any:
+    """Return the sum of the penalties, rounded once; on a device if ``backend`` sums there."""
     if not layers:
         return np.float64(0.0)
-    on_host = isinstance(layers[0], np.generic)
-    penalties = np.array(layers) if on_host else sys.modules["cupy"].stack(layers)
-    return ActivityRegularization(1.0).penalty(penalties)
+    if backend is not None:
+        stacked = sys.modules["cupy"].stack(layers)
+        return backend.penalty(stacked, ActivityNorm.L1, 1.0)  # penalties are their own magnitudes
+    try:
+        total = math.fsum(map(float, layers))
+    except OverflowError:
+        total = math.inf
+    return round_to(max((layer.dtype for layer in layers), key=lambda t: t.itemsize), total)
 
 
 def _rounded(lam: Any, dtype: np.dtype[Any]) -> Any:

@@ -101,6 +101,10 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
     >>> loss.item(), activations.grad
     (1.5, tensor([ 0.5000, -0.5000,  0.0000]))
     """
+    if not isinstance(reg, ActivityRegularization):
+        raise TypeError(
+            f"reg={reg!r} is of type {type(reg).__name__}; pass an ActivityRegularization"
+        )
     _check_tensor("activations", activations)
     return _differentiable(_Penalty, reg, activations)
 

@@ -79,7 +79,7 @@ def _checked(name: str, array: Any) -> tuple[str, Any]:
     if array_type is None:
         raise TypeError(
             f"{name} must be a NumPy or CuPy array, not a {cls.__module__}.{cls.__qualname__}; "
-            f"convert it, for example with numpy.asarray"
+            f"convert it, for example with numpy.asarray, or pass one of PyTorch, JAX or Dask"
         )
     if array_type in LIBRARIES:
         raise MixedArraysError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import ml_dtypes
@@ -10,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actreg_dispatch import ActivityNorm, ActivityRegularization, MixedArraysError
+from actreg_dispatch import (
+    ActivityNorm,
+    ActivityRegularization,
+    MixedArraysError,
+    UnknownBackendError,
+)
 from actreg_dispatch.backends import many_arrays
 from actreg_dispatch.exact import binary64, exact_sum
 
@@ -105,6 +111,27 @@ def test_layers_that_are_not_plain_are_done_one_by_one(taken, norm):
 @pytest.mark.parametrize("name", ["numpy", "numba"])
 def test_the_backend_is_chosen_as_for_one_layer(name):
     assert_as_in_a_loop(ActivityRegularization(0.1, backend=name), *layers_of(SHAPES, np.float32))
+
+
+def test_the_total_takes_no_other_choice_of_a_backend(monkeypatch, caplog):
+    monkeypatch.setenv("ACTREG_BACKEND", "bogus")
+    reg, gradients = ActivityRegularization(1.0, backend="numba"), [np.zeros(3), np.zeros(2)]
+    with caplog.at_level(logging.DEBUG, "actreg_dispatch"):
+        assert reg.apply_all([np.ones(3), np.ones(2)], gradients).total == 5.0
+    assert len(caplog.records) == 1
+    assert all((g == 1).all() for g in gradients)
+    with pytest.raises(UnknownBackendError):
+        ActivityRegularization(1.0).apply_all([np.ones(3)], gradients[:1])
+    assert (gradients[0] == 1).all()
+
+
+@norms
+def test_the_total_may_be_too_large(norm):
+    xs = [np.array([1e308]), np.array([1.7e308])]
+    reg = ActivityRegularization(
+        1.0 if norm in (ActivityNorm.L1, ActivityNorm.L2) else 1e-300, norm
+    )
+    assert reg.apply_all(xs, [np.zeros(1), np.zeros(1)]).total == math.inf
 
 
 def test_names_lead_to_the_penalties():
@@ -227,6 +254,17 @@ def test_the_layout_of_array_objects_is_known_here():
 def test_where_the_layout_is_not_known_layers_are_done_one_by_one(monkeypatch):
     monkeypatch.setattr(many_arrays, "_LAYOUT_IS_KNOWN", False)
     assert_as_in_a_loop(ActivityRegularization(0.1), *layers_of(SHAPES, np.float32))
+
+
+@pytest.mark.parametrize("name", ["numpy", "cupy"])
+def test_layers_may_move_to_a_backend_of_another_array_type(cupy, name):
+    reg = ActivityRegularization(0.5, backend=name)
+    for module in (np, cupy):
+        gradients = [module.zeros(3), module.zeros(2, "f4")]
+        total, layers = reg.apply_all([module.ones(3), module.ones(2, "f4")], gradients)
+        assert type(total) is (np.float64 if module is np else cupy.ndarray)
+        assert [float(total), *map(float, layers)] == [2.5, 1.5, 1.0]
+        assert all(float(g.sum()) == g.size / 2 for g in gradients)
 
 
 @norms

@@ -258,7 +258,7 @@ def test_reductions_of_nothing_and_of_one():
 def test_what_pieces_need_is_asked_for():
     reg, gradients = ActivityRegularization.l2(0.5, reduction="mean"), np.zeros(3)
     total = reg.partial_sum(np.ones(3))
-    for count in (None, -1):
+    for count in (None, -1, 1.5, "3", 10**400):
         with pytest.raises(ValueError, match=r"count=.* pass how many elements"):
             reg.finish(total, count=count)
         with pytest.raises(ValueError, match=r"count=.* pass how many elements"):
@@ -267,6 +267,8 @@ def test_what_pieces_need_is_asked_for():
         reg.add_gradient(np.ones(3), gradients, count=3)
     with pytest.raises(ValueError, match=r"total is for float64 penalties, but .* float32"):
         reg.add_gradient(np.ones(3, "f4"), np.zeros(3, "f4"), total, count=3)
+    with pytest.raises(ValueError, match="pass partial sums of the same regularization"):
+        ActivityRegularization(0.5).add_gradient(np.ones(3), gradients, total)
     assert not gradients.any()
 
 
@@ -320,9 +322,13 @@ def test_both_strengths_are_checked():
     assert reg.lam == (0.5, 0.25)
     with pytest.raises(ValueError, match=r"l2_squared=-1.0 is out of range"):
         ActivityRegularization.l1_l2(0.5, -1)
-    with pytest.raises(TypeError, match=r"lam=\(1.0, 2.0\) is of type tuple"):
+    with pytest.raises(TypeError, match=r"lam=\(1.0, 2.0\) are several .*norm 'l1_l2_squared'"):
         ActivityRegularization((1.0, 2.0), "l1")
+    reg.lam = np.array([0.5, 2.0])
+    assert reg.lam == (0.5, 2.0)
     gradients = np.ones(2, np.float32)
+    ActivityRegularization.l1_l2(3e38, 0.0).apply(np.zeros(2, np.float32), gradients)  # fits
+    ActivityRegularization.l1_l2(3e38, 0.0).apply_all([np.zeros(2, np.float32)], [gradients])
     with pytest.raises(ValueError, match=r"lam=\(0.5, 3e\+38\) is too large"):
         ActivityRegularization.l1_l2(0.5, 3e38).apply(np.ones(2, np.float32), gradients)
     assert (gradients == 1).all()

@@ -95,7 +95,8 @@ def express_all(
     wide = np.reshape(lam, (1, -1)) / counts
     with np.errstate(all="ignore"):
         lams, strengths = (a.astype(compute).astype(float) for a in (wide, wide * scale))
-    if not lams.max() <= largest_lam(norm, COMPUTE_DTYPES[dtype]):
+    limited = np.maximum(lams[:, 0] / 2, lams[:, 1]) if lams.shape[1] == 2 else lams
+    if not limited.max() <= largest_lam(norm, COMPUTE_DTYPES[dtype]):
         return None
     parallel = size >= PARALLEL_FROM and may_use_threads()
     kernel = _kernel(_updater, norm, dtype, parallel)

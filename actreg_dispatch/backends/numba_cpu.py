@@ -504,7 +504,7 @@ def _largest(lam):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _largest_of_both(lam):  # type: ignore[no-untyped-def]
-    return max(lam[0], lam[1])
+    return max(lam[0] / 2, lam[1])  # the limit is that of λ₂, which the gradient doubles
 
 
 @register_jitable
