@@ -1,4 +1,4 @@
-"""Living with forks and other threads: when Numba's threads may be used, and what locks do.
+"""Living with forks, signals and threads: when Numba's threads may be used, and what locks do.
 
 As Numba ships them, parallel kernels end or hang the process in two ordinary situations: in a
 forked child whose parent has used OpenMP, be it through Numba or through another library; and
@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-__all__ = ["lock_over_fork", "may_use_threads", "serially", "threading_layer"]
+__all__ = ["interrupts_wait", "lock_over_fork", "may_use_threads", "serially", "threading_layer"]
 
 _LOGGER = logging.getLogger("actreg_dispatch")
 _MAIN_THREAD = threading.main_thread().ident
@@ -50,6 +51,26 @@ def serially() -> Iterator[None]:
         yield
     finally:
         _SERIALLY.reset(token)
+
+
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a ``with`` block.
+
+    For compiling: an exception in a function that LLVM calls back ends the process.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.get_ident() != _MAIN_THREAD or not callable(handler):
+        yield  # another thread is not interrupted
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[-1])
 
 
 def threading_layer() -> str:

@@ -312,6 +312,38 @@ print("done")
     assert script(code) == "done\n"
 
 
+def test_an_interrupt_waits_for_the_compiler(script):
+    code = """
+import signal
+from actreg_dispatch import ActivityRegularization
+from actreg_dispatch.backends import numba_cpu
+
+x, g, handler = np.ones(10, np.float32), np.zeros(10, np.float32), signal.getsignal(signal.SIGINT)
+reg, interrupted = ActivityRegularization(0.5), 0
+reg.apply(x, g)
+begin = time.perf_counter()
+numba_cpu._KERNELS.clear()
+ActivityRegularization(0.5).apply(x, g)
+needed = time.perf_counter() - begin
+for attempt in range(12):
+    numba_cpu._KERNELS.clear()
+    timer = threading.Timer(needed * attempt / 12, os.kill, [os.getpid(), signal.SIGINT])
+    try:
+        timer.start()
+        ActivityRegularization(0.5).apply(x, g)
+        timer.join()
+        time.sleep(0.01)
+    except KeyboardInterrupt:
+        interrupted += 1
+    timer.join()
+    assert signal.getsignal(signal.SIGINT) is handler
+assert interrupted == 12, interrupted
+assert (reg.apply(x, g), len(result())) == (5.0, 6)
+print("done")
+"""
+    assert script(code, ACTREG_CACHE="0") == "done\n"
+
+
 def test_thread_settings_are_left_alone_and_honoured(script):
     code = """
 import numba

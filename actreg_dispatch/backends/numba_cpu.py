@@ -68,7 +68,7 @@ from actreg_dispatch.rounding import (
     two_sum,
     units_of,
 )
-from actreg_dispatch.threads import lock_over_fork, may_use_threads
+from actreg_dispatch.threads import interrupts_wait, lock_over_fork, may_use_threads
 
 name = "numba"
 dtypes = NATIVE_DTYPES
@@ -610,7 +610,8 @@ def _kernel(factory: Callable[..., Any], *key: Any) -> Any:
         with _COMPILING:  # other threads wait for the first rather than compile the same
             kernel = _KERNELS.get(name)
             if kernel is None:
-                kernel = _KERNELS[name] = factory(*key)
+                with interrupts_wait():
+                    kernel = _KERNELS[name] = factory(*key)
     return kernel
 
 
