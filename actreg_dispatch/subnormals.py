@@ -18,6 +18,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from actreg_dispatch.threads import interrupts_wait
+
 __all__ = ["subnormals_kept"]
 
 _INTEL = platform.machine().lower() in ("x86_64", "amd64")
@@ -94,5 +96,6 @@ def _set_control(value: int) -> None:
 
 
 if _FLUSHING:  # compile here, since a callback is no place to
-    _control.compile("uint64()")
-    _set_control.compile("void(uint64)")
+    with interrupts_wait():
+        _control.compile("uint64()")
+        _set_control.compile("void(uint64)")

@@ -9,11 +9,16 @@ import os
 import signal
 import time
 
+import dask
+import dask.array as da
+import distributed
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import sparse
 
 from actreg_dispatch import (
     ActivityNorm,
@@ -25,9 +30,6 @@ from actreg_dispatch import (
 )
 from actreg_dispatch.exact import exact_result
 from actreg_dispatch.rounding import PairedSum, PartialSum
-
-dask = pytest.importorskip("dask")
-da = pytest.importorskip("dask.array")
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 
@@ -76,11 +78,10 @@ def test_no_chunking_changes_a_bit(norm, shape, dtype, data):
 
 @norms
 def test_bfloat16(norm):
-    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
-    whole = np.random.default_rng(1).normal(size=(5, 9)).astype(bfloat16)
+    whole = np.random.default_rng(1).normal(size=(5, 9)).astype(ml_dtypes.bfloat16)
     reg = ActivityRegularization(0.1, norm)
     penalty, gradient = reg.penalty_and_gradient(da.from_array(whole, chunks=(2, 4)))
-    assert (penalty.dtype, gradient.dtype) == (np.float32, bfloat16)
+    assert (penalty.dtype, gradient.dtype) == (np.float32, ml_dtypes.bfloat16)
     expected = exact_result(whole, np.zeros_like(whole), norm, 0.1)
     assert bits(*dask.compute(penalty, gradient)) == bits(*expected)
 
@@ -343,7 +344,6 @@ def test_masked_chunks_are_refused_when_the_graph_is_built():
 
 
 def test_chunks_of_no_supported_library_are_refused_when_the_graph_is_built():
-    sparse = pytest.importorskip("scipy.sparse")
     activations = da.ones((4, 4), chunks=2).map_blocks(sparse.csr_array, dtype=float)
     activations._meta = sparse.csr_array((0, 0))
     with pytest.raises(TypeError, match=r"must be a NumPy or CuPy array, not a scipy\.sparse"):
@@ -498,7 +498,6 @@ def block_of(seed, size):
 
 
 def test_a_worker_that_is_killed_changes_no_bit():
-    distributed = pytest.importorskip("distributed")
     size, number = 1000, 40
     whole = np.concatenate([block_of(seed, size) for seed in range(number)])
     blocks = [dask.delayed(block_of, pure=True)(seed, size) for seed in range(number)]

@@ -402,5 +402,4 @@ expected = [result(seed) for seed in range(8)]
 assert list(dask.compute(*tasks, scheduler="threads", num_workers=4)) == expected
 print("done")
 """
-    pytest.importorskip("dask")
     assert script(code) == "done\n"

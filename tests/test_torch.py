@@ -14,6 +14,7 @@ import sys
 import types
 import warnings
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -67,7 +68,6 @@ def bits(tensor):
 def as_array(tensor):
     """Return a copy as a NumPy array."""
     if tensor.dtype == torch.bfloat16:
-        ml_dtypes = pytest.importorskip("ml_dtypes")
         return tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
     return tensor.detach().numpy().copy()
 
@@ -1014,8 +1014,6 @@ def stream(cupy, monkeypatch, request):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("layout", ["transposed", "offset", "empty"])
 def test_memory_of_a_device_is_updated_in_place(cupy, on_device, stream, norm, dtype, layout):
-    if dtype == "bfloat16":
-        pytest.importorskip("ml_dtypes")
     view = {
         "transposed": lambda a: a.T,
         "offset": lambda a: a[1:, ::2],

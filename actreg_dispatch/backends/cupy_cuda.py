@@ -258,16 +258,11 @@ def apply(
         return results[0]
 
 
-def apply_many(
-    activations: list[cupy.ndarray],
-    gradients: list[cupy.ndarray],
-    norm: ActivityNorm,
-    constants: list[tuple[Any, Any, float]],
-) -> list[cupy.ndarray] | None:
-    """Do what the module :mod:`many_cupy_arrays` does, loaded when it is needed."""
+def apply_many(*arguments: Any) -> list[cupy.ndarray] | None:
+    """Do :func:`~actreg_dispatch.backends.many_cupy_arrays.apply_many`, loaded when needed."""
     from actreg_dispatch.backends import many_cupy_arrays
 
-    return many_cupy_arrays.apply_many(activations, gradients, norm, constants)
+    return many_cupy_arrays.apply_many(*arguments)
 
 
 def add_gradient(

@@ -367,6 +367,11 @@ class _Run:
         scale: float,
         progress: Progress | None,
     ) -> None:
+        if progress is not None and not callable(progress):
+            raise TypeError(
+                f"progress={progress!r} cannot be called; pass a function of a step, of the bytes "
+                f"that are done, and of all bytes"
+            )
         self._started = time.perf_counter()
         self._reg, self._store, self._progress = reg, store, progress
         native = store.dtype.newbyteorder("=")
