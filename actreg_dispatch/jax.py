@@ -412,6 +412,8 @@ def _callback(
 ) -> Callable[..., Any]:
     """Return the function of traced arrays that computes on the host."""
     kept = _subnormals_kept()
+    from actreg_dispatch.backends.numba_cpu import clear  # so Numba can run here
+
     reg = _regularization(settings)
     # What the choice of a backend may raise is raised here; a callback must not.
     _regularization(settings._replace(lam=0.0)).penalty(np.empty(0, dtype))
@@ -430,7 +432,7 @@ def _callback(
                 example = (*index, ...)
                 if with_gradient:
                     gradient = out[1][example]
-                    gradient[...] = 0
+                    clear(gradient)
                     number = float(scale[index])
                     out[0][index] = reg.apply(x[example], gradient, scale=number)
                 else:

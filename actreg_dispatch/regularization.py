@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -611,16 +611,14 @@ class ActivityRegularization:
         if library is not None:
             total, layers = library.apply_all(self, labels, xs, gs, scale=scale)
         else:
-            layers = self._express_all(xs, gs, scale)
-            if layers is None:
-                total, layers = self._general_all(labels, xs, gs, scale)
-            else:
-                total = _total(layers, None)
+            total, layers = self._express_all(xs, gs, scale) or self._general_all(
+                labels, xs, gs, scale
+            )
         return Penalties(total, layers if names is None else dict(zip(names, layers, strict=True)))
 
     def _express_all(
         self, xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float
-    ) -> list[Any] | None:
+    ) -> tuple[Any, list[Any]] | None:
         """Do all layers by one compiled function if they are plain enough, or return None."""
         if not xs or type(xs[0]) is not _NDARRAY or compute_dtype(xs[0].dtype) is None:
             return None
@@ -634,13 +632,15 @@ class ActivityRegularization:
         if penalties is None:
             return None
         choose(NUMPY, xs[0].dtype, self._backend)  # once more, to log it
-        layers = list(penalties.astype(COMPUTE_DTYPES[xs[0].dtype]))
+        compute = COMPUTE_DTYPES[xs[0].dtype]
+        layers, values = list(penalties.astype(compute)), penalties.tolist()
         for k in np.flatnonzero(penalties < 0.0).tolist():
-            if penalties[k] == UNDECIDED:
+            if values[k] == UNDECIDED:
                 layers[k] = self._exact(xs[k])
             else:
                 layers[k] = self._update(NUMPY, xs[k], gs[k], scale)
-        return layers
+            values[k] = float(layers[k])
+        return _sum_of(values, compute), layers
 
     def _general_all(
         self, labels: list[Any], xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float
@@ -919,11 +919,17 @@ def _total(layers: list[Any], backend: Backend | None) -> Any:
     if backend is not None:
         stacked = sys.modules["cupy"].stack(layers)
         return backend.penalty(stacked, ActivityNorm.L1, 1.0)  # penalties are their own magnitudes
+    widest = max((layer.dtype for layer in layers), key=lambda t: t.itemsize)
+    return _sum_of(map(float, layers), widest)
+
+
+def _sum_of(penalties: Iterable[float], dtype: np.dtype[Any]) -> Any:
+    """Return the sum, rounded to binary64, then to ``dtype``."""
     try:
-        total = math.fsum(map(float, layers))
+        total = math.fsum(penalties)
     except OverflowError:
         total = math.inf
-    return round_to(max((layer.dtype for layer in layers), key=lambda t: t.itemsize), total)
+    return round_to(dtype, total)
 
 
 def _rounded(lam: Any, dtype: np.dtype[Any]) -> Any:

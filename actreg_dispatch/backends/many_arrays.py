@@ -1,9 +1,9 @@
 """Many small arrays at once: one parallel region for all layers of a model.
 
 To look at an array from Python takes about as long as to update a small layer. So compiled code
-looks itself: it is given the addresses of the array objects and reads from them what NumPy's C
-interface keeps there (``PyArrayObject_fields``). That it does so in this interpreter is verified
-when the module is loaded; if not, :func:`express_all` takes nothing.
+looks itself: it is given the addresses of the tuples of arrays, finds the arrays there, and reads
+from them what NumPy's C interface keeps there (``PyArrayObject_fields``). That all of it lies so in
+this interpreter is verified when the module is loaded; if not, :func:`express_all` takes nothing.
 
 What is not plain (another class, dtype or order, overlaps, read-only) is left, untouched, to the
 general route.
@@ -51,11 +51,12 @@ from actreg_dispatch.threads import may_use_threads
 
 __all__ = ["express_all"]
 
-# Where an array object has its fields, in bytes: after the head that all Python objects have.
+# Where a tuple has its items, and an array object its class and its fields, in bytes: after the head
+# that all Python objects have, of which the class is the end.
 _HEAD = object.__basicsize__
+_ITEMS, _CLASS = tuple.__basicsize__, _HEAD - 8
 _DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = (_HEAD + 8 * k for k in (0, 1, 2, 5, 6))
 _CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400  # NPY_ARRAY_C_CONTIGUOUS and so on
-_OBJECTS = types.Array(types.int64, 2, "C")
 _TABLE = types.Array(types.int64, 2, "C")  # for each layer: where x and g are, size, batch
 
 
@@ -70,19 +71,17 @@ def express_all(
 ) -> np.ndarray[Any, Any] | None:
     """Update all gradients and return the penalties, or None, having written nothing.
 
-    Where a penalty takes an exact sum it is ``UNDECIDED``, or ``REFUSED`` if its gradients are
+    There is at least one layer, and the activations of the first are an array of NumPy. Where a penalty takes an exact sum it is ``UNDECIDED``, or ``REFUSED`` if its gradients are
     still to be updated. λ is as yet not divided as ``reduction`` says; ``epsilon`` is NaN for the
     default.
     """
     layers = len(activations)
-    if not _LAYOUT_IS_KNOWN or layers == 0 or {*map(type, activations + gradients)} != {np.ndarray}:
-        return None
     dtype = activations[0].dtype
-    if dtype not in numba_cpu.dtypes:
+    if not _LAYOUT_IS_KNOWN or dtype not in numba_cpu.dtypes:
         return None
-    objects = np.fromiter(map(id, activations + gradients), np.int64, 2 * layers)
     table = np.empty((layers, 4), np.int64)
-    size = _kernel(_inspector)(objects.reshape(2, layers), id(dtype), dtype.itemsize, table)
+    tuples, kinds = (id(activations), id(gradients)), (id(np.ndarray), id(dtype))
+    size = _kernel(_inspector)(*tuples, *kinds, dtype.itemsize, table)
     if size < 0:
         return None
     if reduction == "batch" and (table[:, 3] < 0).any():  # no axes, no batch
@@ -124,12 +123,15 @@ def _inspector() -> Any:
     """
     edition = _edition(numba_cpu)
 
-    def kernel(objects, dtype, itemsize, table):  # type: ignore[no-untyped-def]
+    def kernel(activations, gradients, array, dtype, itemsize, table):  # type: ignore[no-untyped-def]
         _ = edition
-        layers, total = objects.shape[1], 0
+        layers, total = table.shape[0], 0
         starts, ends = np.empty(2 * layers, np.int64), np.empty(2 * layers, np.int64)
         for layer in range(layers):
-            x, g = objects[0, layer], objects[1, layer]
+            x = _load(activations + _ITEMS + 8 * layer)
+            g = _load(gradients + _ITEMS + 8 * layer)
+            if _load(x + _CLASS) != array or _load(g + _CLASS) != array:
+                return -1
             axes = _load(x + _NDIM) & 0xFFFFFFFF
             flags = _load(x + _FLAGS) & (_load(g + _FLAGS) | _WRITEABLE) & 0xFFFFFFFF
             plain = _CONTIGUOUS | _ALIGNED
@@ -166,7 +168,7 @@ def _inspector() -> Any:
                     written_end = max(written_end, ends[k])
         return total
 
-    signature = types.int64(_OBJECTS, types.int64, types.int64, _TABLE)
+    signature = types.int64(*[types.int64] * 5, _TABLE)
     return _compiled(kernel, signature, nogil=False)
 
 
@@ -217,12 +219,15 @@ def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
     def kernel(table, like, lams, strengths, epsilon, penalties):  # type: ignore[no-untyped-def]
         _ = edition
         layers = table.shape[0]
-        before = np.zeros(layers + 1, np.int64)  # how many blocks the layers before have
+        # By loops: what sets a whole array, or a part of it, would be a parallel region of its own.
+        before = np.empty(layers + 1, np.int64)  # how many blocks the layers before have
+        before[0] = 0
         for layer in range(layers):
             before[layer + 1] = before[layer] - (-table[layer, 2] // _BLOCK)
         layer_of = np.empty(before[layers], np.int64)
         for layer in range(layers):
-            layer_of[before[layer] : before[layer + 1]] = layer
+            for b in range(before[layer], before[layer + 1]):
+                layer_of[b] = layer
 
         totals = np.empty((layer_of.size, columns))
         for b in numba.prange(layer_of.size):
@@ -231,7 +236,7 @@ def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
             strength = lam_of(strengths, layer)
             totals[b] = sum_row(x, g, zero, magnitude, update, strength, 0.0)
 
-        divisors = np.zeros(layers)  # of L2; 0 where nothing is added
+        divisors = np.empty(layers)  # of L2; 0 where nothing is added
         for layer in range(layers):
             total = zero
             for b in range(before[layer], before[layer + 1]):
@@ -263,13 +268,17 @@ def _layout_is_known() -> bool:
     if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
     probe = np.zeros((3, 10), np.float32)[1:, ::2]
+    pair = None, probe
 
-    def read(offset: int, kind: Any = ctypes.c_int64) -> Any:
-        return kind.from_address(id(probe) + offset).value
+    def read(offset: int, kind: Any = ctypes.c_int64, found_in: Any = probe) -> Any:
+        return kind.from_address(id(found_in) + offset).value
 
     shape = read(_SHAPE)
     return (
         np.ndarray.__basicsize__ >= _FLAGS + 4
+        and tuple.__itemsize__ == 8
+        and [read(_ITEMS + 8 * k, found_in=pair) for k in range(2)] == [id(None), id(probe)]
+        and read(_CLASS) == id(np.ndarray)
         and read(_DATA) == probe.__array_interface__["data"][0]
         and read(_NDIM, ctypes.c_int32) == 2
         and read(_DTYPE) == id(probe.dtype)

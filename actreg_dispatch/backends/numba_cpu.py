@@ -90,6 +90,7 @@ if _CACHING is None:
 _NOT_IN_THE_CODE = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
 
 _BLOCK = PLAIN_TERMS  # elements that one thread does at a time
+_PAGES = 1 << 18  # bytes that one thread clears at a time
 _LOW = (1 << LIMB) - 1  # the bits of a limb
 _AXES = types.Array(types.int64, 2, "C")
 
@@ -149,6 +150,18 @@ def add_gradient(
 ) -> None:
     """Add the gradient to ``gradients`` in place, dividing by ``divisor`` for L2."""
     _run(None, _UPDATES[norm], activations, gradients, strength, divisor)
+
+
+def clear(gradients: np.ndarray[Any, Any]) -> None:
+    """Fill contiguous gradients with zeros, by all threads if they are large.
+
+    If their memory is new, the system makes each page when it is first written, which takes far
+    longer than the zeros.
+    """
+    if gradients.size < PARALLEL_FROM or not may_use_threads():
+        gradients[...] = 0
+    else:
+        _kernel(_clearing)(gradients.reshape(-1).view(np.uint8))
 
 
 def express(
@@ -787,6 +800,16 @@ def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
     x = types.Array(numba.from_dtype(dtype), 1, "A", readonly=True)
     bins = types.Array(types.int64, 2, "C")
     return _compiled(kernel, types.float64(x, _AXES, bins))
+
+
+def _clearing() -> Any:
+    """Compile what fills bytes with zeros in parallel."""
+
+    def kernel(g):  # type: ignore[no-untyped-def]
+        for b in numba.prange(-(-g.size // _PAGES)):
+            g[b * _PAGES : (b + 1) * _PAGES] = 0
+
+    return _compiled(kernel, types.void(types.Array(types.uint8, 1, "C")), parallel=True)
 
 
 def _run(

@@ -15,10 +15,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -37,12 +37,14 @@ from actreg_dispatch.bench.contenders import (
 )
 from actreg_dispatch.regularization import ActivityRegularization
 
-__all__ = ["CPU", "Device", "first_calls", "machine", "measure", "slope"]
+__all__ = ["CPU", "Device", "first_calls", "machine", "measure", "slope", "take_turns"]
 
 _BATCH = 2e-3  # seconds that a turn takes at least; shorter work is repeated within it
 _REST = 2e-3  # seconds before a turn
 
 Record = dict[str, Any]
+Clock = Callable[[Callable[[], Any], int], float]  # seconds that a step takes, of so many
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Device(NamedTuple):
@@ -50,7 +52,7 @@ class Device(NamedTuple):
 
     arrays: Any  # the module that makes them
     contenders: tuple[Contender, ...]
-    clock: Callable[[Callable[[], Any], int], float]  # seconds that a step takes, of so many
+    clock: Clock
     processor: Callable[[], str]
     caveat: Callable[[], str]  # what a reader of the times must know, if anything
     libraries: tuple[str, ...]  # whose versions matter even if they are no contender's
@@ -120,11 +122,8 @@ def _measure_case(
             continue
         if run is not None:
             runs[contender], agrees[contender] = run, right
-    turns = {contender: _turns(run, device.clock) for contender, run in runs.items()}
-    times: dict[Contender, list[float]] = {contender: [] for contender in runs}
-    for _ in range(repeats):
-        for contender, run in runs.items():
-            times[contender].append(device.clock(run.step, turns[contender]))
+    steps = {contender: run.step for contender, run in runs.items()}
+    times = take_turns(steps, repeats, device.clock)
     seconds = {contender: statistics.median(times[contender]) for contender in runs}
     rivals = {
         kind: min(
@@ -193,10 +192,23 @@ def _agrees(task: Task, start: Any, run: Run) -> bool:
     return bool(np.allclose(updated, expected, rtol=tolerance, atol=tolerance))
 
 
-def _turns(run: Run, clock: Callable[[Callable[[], Any], int], float]) -> int:
-    """Return how many steps make a batch that is long enough to time."""
+def take_turns(
+    steps: Mapping[Name, Callable[[], Any]], repeats: int, clock: Clock | None = None
+) -> dict[Name, list[float]]:
+    """Return how many seconds each of ``steps`` took in each round."""
+    clock = clock or _time
+    batches = {name: _batch(step, clock) for name, step in steps.items()}
+    times: dict[Name, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(clock(step, batches[name]))
+    return times
+
+
+def _batch(step: Callable[[], Any], clock: Clock) -> int:
+    """Return how many steps take long enough to be timed."""
     turns = 1
-    while (seconds := clock(run.step, turns) * turns) < _BATCH / 2:
+    while (seconds := clock(step, turns) * turns) < _BATCH / 2:
         turns = max(2 * turns, min(int(_BATCH / max(seconds / turns, 1e-9)), 100 * turns))
     return turns
 
