@@ -34,7 +34,7 @@ from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import requested
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.rounding import PairedSum, PartialSum, compute_dtype, round_to
-from actreg_dispatch.validation import check_real
+from actreg_dispatch.strength import check_scale, constants_of, count_of
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
@@ -213,7 +213,7 @@ def _check(reg: Any, activations: Any) -> None:
             f"activations must be a JAX array, not a {kind.__module__}.{kind.__qualname__}; "
             f"convert it with jax.numpy.asarray, or call a method of the regularization"
         )
-    reg._constants(_stored_dtype(activations), reg._count(activations))
+    constants_of(reg, _stored_dtype(activations), count_of(reg.reduction, activations.shape))
 
 
 def _stored_dtype(activations: Any) -> np.dtype[Any]:
@@ -240,7 +240,7 @@ def _compute_dtype(activations: Any) -> np.dtype[Any]:
 def _checked_scale(scale: Any) -> tuple[float | None, Any]:
     """Return ``scale`` as a number, or None and a traced scalar."""
     if not isinstance(scale, jax.Array):
-        return check_real("scale", scale, "pass a real number, such as the loss scale"), None
+        return check_scale(scale), None
     if scale.shape or not jnp.issubdtype(scale.dtype, jnp.floating):
         raise TypeError(
             f"scale has shape {scale.shape} and dtype {scale.dtype}; pass a real number, "
@@ -379,7 +379,7 @@ def _curvature(settings: _Settings, x: Any, dx: Any) -> Any:
     0 for L1, λ·2·dx for squared L2, also beside L1, λ·(dx − u·⟨u, dx⟩)/‖x‖ with u = x/‖x‖ for L2.
     """
     reg = _regularization(settings)
-    lam, _, epsilon = reg._constants(x.dtype, reg._count(x))
+    lam, _, epsilon = constants_of(reg, x.dtype, count_of(reg.reduction, x.shape))
     if settings.norm is ActivityNorm.L1 or not x.size:
         return jnp.zeros_like(dx)
     if settings.norm is ActivityNorm.L2_SQUARED:

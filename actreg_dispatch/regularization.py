@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,16 +30,24 @@ from actreg_dispatch.rounding import (
     PartialSum,
     compute_dtype,
     degree_of,
-    largest_lam,
     round_to,
 )
-from actreg_dispatch.transfer import move, write_back
+from actreg_dispatch.strength import (
+    REDUCTIONS,
+    UNSCALED,
+    Constants,
+    check_count,
+    check_scale,
+    constants_of,
+    count_of,
+    strengths_of,
+)
+from actreg_dispatch.transfer import move, write_back, zeros_like
 from actreg_dispatch.validation import (
     check_activations,
     check_apart,
     check_gradients,
     check_number,
-    check_real,
 )
 
 __all__ = ["ActivityRegularization", "Penalties", "Resolved", "resolved"]
@@ -52,8 +58,6 @@ Total = PartialSum | PairedSum
 _NDARRAY = np.ndarray
 _NO_LAST: tuple[Any, ...] = (None,) * 5
 _NO_PLAN: tuple[Any, dict[Any, Any]] = None, {}
-_REDUCTIONS = ("sum", "mean", "batch")
-_UNSCALED = 1.0  # the very object tells a call without ``scale``
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -162,8 +166,8 @@ class ActivityRegularization:
                     f"leave it out, it belongs to 'l2'"
                 )
             epsilon = check_number("epsilon", epsilon)
-        if reduction not in _REDUCTIONS:
-            known = ", ".join(map(repr, _REDUCTIONS))
+        if reduction not in REDUCTIONS:
+            known = ", ".join(map(repr, REDUCTIONS))
             raise ValueError(f"reduction={reduction!r} is unknown; use one of: {known}")
         self._reduction = reduction
         self._epsilon = epsilon
@@ -297,7 +301,7 @@ class ActivityRegularization:
         if library is not None:
             return library.penalty(self, activations)
         kind, activations = check_activations(activations)
-        lam, _, _ = self._constants(activations.dtype, self._count(activations))
+        lam, _, _ = self._constants(activations)
         backend, target = self._choose(kind, activations)
         if target == kind:
             return backend.penalty(activations, self._norm, lam)
@@ -372,7 +376,7 @@ class ActivityRegularization:
             for its dtype, or ``count`` is missing or < 0.
         """
         self._check_total(total)
-        lam, _, epsilon = self._constants(total.dtype, self._checked_count(count))
+        lam, _, epsilon = constants_of(self, total.dtype, check_count(self._reduction, count))
         return total.dtype.type(total.outcome(self._norm, lam, epsilon).penalty)
 
     def add_gradient(
@@ -420,9 +424,8 @@ class ActivityRegularization:
             return
         kind, activations = check_activations(activations)
         gradients = check_gradients(activations, gradients, kind)
-        lam, strength, epsilon = self._constants(
-            activations.dtype, self._checked_count(count), scale
-        )
+        count = check_count(self._reduction, count)
+        lam, strength, epsilon = constants_of(self, activations.dtype, count, scale)
         divisor = 0.0
         if self._norm is ActivityNorm.L2 or total is not None:
             self._check_total(total, COMPUTE_DTYPES[activations.dtype])
@@ -486,13 +489,13 @@ class ActivityRegularization:
         if out is not None:
             gradients = check_gradients(activations, out, kind, "out")
             return self._update(kind, activations, gradients, scale, overwrite=True), out
-        gradient = _zeros_like(activations, kind)
+        gradient = zeros_like(activations, kind)
         penalty = self._express(activations, gradient, True, scale)
         if penalty is None:
             penalty = self._update(kind, activations, gradient, scale)
         return penalty, gradient
 
-    def apply(self, activations: Any, gradients: Any, *, scale: float = _UNSCALED) -> Any:
+    def apply(self, activations: Any, gradients: Any, *, scale: float = UNSCALED) -> Any:
         r"""Add the gradient of the penalty to ``gradients`` in place and return the penalty.
 
         Added to ``gradients[i]``: λ·sign(xᵢ) for ``"l1"``, (λ·xᵢ)/‖x‖ for ``"l2"`` unless
@@ -543,7 +546,7 @@ class ActivityRegularization:
         if (  # the same kind of call as the last one
             type(activations) is _NDARRAY is type(gradients)  # which __class__ may belie
             and activations.dtype is dtype is gradients.dtype
-            and scale is _UNSCALED
+            and scale is UNSCALED
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
         ):
@@ -569,7 +572,7 @@ class ActivityRegularization:
         gradients = check_gradients(activations, gradients, kind)
         return self._update(kind, activations, gradients, scale)
 
-    def apply_all(self, activations: Any, gradients: Any, *, scale: float = _UNSCALED) -> Penalties:
+    def apply_all(self, activations: Any, gradients: Any, *, scale: float = UNSCALED) -> Penalties:
         """Do :meth:`apply` for many layers at once, each with a penalty of its own.
 
         Contiguous arrays of one dtype are done in one parallel region, or on a device by as many
@@ -626,8 +629,8 @@ class ActivityRegularization:
         express_all = getattr(backend, "express_all", None)
         if target != NUMPY or express_all is None:
             return None
-        if scale is not _UNSCALED:
-            scale = _checked_scale(scale)
+        if scale is not UNSCALED:
+            scale = check_scale(scale)
         penalties = express_all(xs, gs, self._norm, self._lam, scale, self._reduction, self._floor)
         if penalties is None:
             return None
@@ -650,7 +653,7 @@ class ActivityRegularization:
         for label, x, g in zip(labels, xs, gs, strict=True):
             kind, x = check_activations(x, f"activations[{label!r}]")
             g = check_gradients(x, g, kind, f"gradients[{label!r}]")
-            constants.append(self._constants(x.dtype, self._count(x), scale))
+            constants.append(self._constants(x, scale))
             choices.append(self._choose(kind, x, g))
             kinds.add(kind)
             pairs.append((kind, x, g))
@@ -683,8 +686,7 @@ class ActivityRegularization:
         self, kind: str, activations: Any, gradients: Any, scale: float, *, overwrite: bool = False
     ) -> Any:
         """Do :meth:`apply` for checked arrays, to zero gradients if they are to be overwritten."""
-        count = self._count(activations)
-        lam, strength, epsilon = self._constants(activations.dtype, count, scale)
+        lam, strength, epsilon = self._constants(activations, scale)
         backend, target = self._choose(kind, activations, gradients)
         if overwrite:
             gradients[...] = 0
@@ -696,7 +698,7 @@ class ActivityRegularization:
         return _returned(result, target, activations, kind)
 
     def _express(
-        self, activations: Any, gradients: Any, writes: bool, scale: float = _UNSCALED
+        self, activations: Any, gradients: Any, writes: bool, scale: float = UNSCALED
     ) -> Any:
         """Do the call by one compiled function if the arguments are plain enough, or return None.
 
@@ -714,8 +716,9 @@ class ActivityRegularization:
         if plan[0] != asked:  # tuples that are replaced as a whole, so threads may race
             plan = self._plan = asked, {}
         lam = strength = self._lam
-        if self._reduction != "sum" or scale is not _UNSCALED:
-            lam, strength = self._strengths(self._count(activations), scale)
+        if self._reduction != "sum" or scale is not UNSCALED:
+            count = count_of(self._reduction, activations.shape)
+            lam, strength = strengths_of(lam, count, scale)
         functions = plan[1].get((dtype, writes), ())
         try:
             for function in functions:
@@ -750,37 +753,18 @@ class ActivityRegularization:
             return None
         return express(self._norm, dtype, size, writes=writes)  # type: ignore[no-any-return]
 
+    def _constants(self, activations: Any, scale: float = UNSCALED) -> Constants:
+        count = count_of(self._reduction, activations.shape)
+        return constants_of(self, activations.dtype, count, scale)
+
     def _choose(self, kind: str, *arrays: Any) -> tuple[Backend, str]:
         aligned = kind != NUMPY or all(array.flags.aligned for array in arrays)
         return choose(kind, arrays[0].dtype, self._backend, aligned=aligned)
 
     def _exact(self, activations: Any) -> Any:
         """Return the penalty by way of the exact sum."""
-        count = None if self._reduction == "sum" else self._count(activations)
+        count = None if self._reduction == "sum" else count_of(self._reduction, activations.shape)
         return self.finish(self.partial_sum(activations), count=count)
-
-    def _count(self, activations: Any) -> int:
-        """Return what λ is divided by for these activations."""
-        if self._reduction == "sum":
-            return 1
-        if self._reduction == "mean":
-            return max(1, int(math.prod(activations.shape)))
-        if not activations.shape:
-            raise ValueError(
-                "activations have no axes, so no batch to divide by; use reduction='sum'"
-            )
-        return max(1, int(activations.shape[0]))
-
-    def _checked_count(self, count: int | None) -> int:
-        """Return what λ is divided by for activations of which only ``count`` is known."""
-        if self._reduction == "sum":
-            return 1
-        if not isinstance(count, numbers.Integral) or not 0 <= count < 1 << 63:
-            raise ValueError(
-                f"count={count!r}, but reduction={self._reduction!r} divides by a number of all "
-                f"pieces together; pass how many elements ('mean') or samples ('batch') they have"
-            )
-        return max(1, int(count))
 
     def _check_total(self, total: Any, dtype: np.dtype[Any] | None = None) -> None:
         """Refuse what is no sum for this norm, and for activations of the compute dtype if any."""
@@ -801,32 +785,6 @@ class ActivityRegularization:
                 f"total is for {total.dtype} penalties, but those of the activations are {dtype}; "
                 f"pass the sum of pieces of their dtype"
             )
-
-    def _constants(
-        self, dtype: np.dtype[Any], count: int, scale: float = _UNSCALED
-    ) -> tuple[Any, Any, float]:
-        """Return λ of the penalty and of the gradient in T, and ``epsilon``, its default filled in.
-
-        Both are divided by ``count``; the gradient's is multiplied by ``scale``.
-        """
-        compute = COMPUTE_DTYPES[dtype]
-        largest, default = _limits(self._norm, compute)
-        wide, wide_strength = self._strengths(count, scale)
-        lam = _rounded(wide, compute)
-        if (max(lam[0] / 2, lam[1]) if isinstance(lam, tuple) else lam) > largest:
-            raise ValueError(f"lam={self._lam!r} is too large for {dtype} activations; lower it")
-        strength = lam if scale is _UNSCALED else _rounded(wide_strength, compute)
-        return lam, strength, default if self._epsilon is None else self._epsilon
-
-    def _strengths(self, count: int, scale: float) -> tuple[Any, Any]:
-        """Return λ of the penalty and of the gradient before they are rounded to T."""
-        lam = self._lam
-        if scale is not _UNSCALED:
-            scale = _checked_scale(scale)
-        if isinstance(lam, tuple):
-            lam = lam[0] / count, lam[1] / count
-            return lam, (lam[0] * scale, lam[1] * scale)
-        return lam / count, lam / count * scale
 
     def _options(self) -> tuple[Any, ...]:
         return self._lam, self._norm, self._epsilon, self._reduction, self._backend
@@ -857,8 +815,8 @@ class Resolved(NamedTuple):
 
     backend: Backend
     target: str  # the array type that the backend takes
-    lam: Any  # λ of the penalty, in T, or both
-    strength: Any  # λ of the gradient, in T, or both
+    lam: Any  # and the rest as in Constants
+    strength: Any
     epsilon: float
 
 
@@ -866,7 +824,7 @@ def resolved(
     reg: ActivityRegularization,
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
-    scale: float = _UNSCALED,
+    scale: float = UNSCALED,
 ) -> Resolved:
     """Return what :meth:`~ActivityRegularization.apply` would do for a NumPy array like that.
 
@@ -877,13 +835,8 @@ def resolved(
     TypeError, ValueError, BackendError
         As for :meth:`~ActivityRegularization.apply`.
     """
-    whole = np.broadcast_to(np.empty((), dtype), shape)  # takes no memory
-    constants = reg._constants(dtype, reg._count(whole), scale)
+    constants = constants_of(reg, dtype, count_of(reg.reduction, shape), scale)
     return Resolved(*choose(NUMPY, dtype, reg.backend), *constants)
-
-
-def _checked_scale(scale: Any) -> float:
-    return check_real("scale", scale, "pass a real number, such as the loss scale")
 
 
 def _layers(
@@ -930,32 +883,6 @@ def _sum_of(penalties: Iterable[float], dtype: np.dtype[Any]) -> Any:
     except OverflowError:
         total = math.inf
     return round_to(dtype, total)
-
-
-def _rounded(lam: Any, dtype: np.dtype[Any]) -> Any:
-    """Return λ, or both, rounded to the compute dtype."""
-    if isinstance(lam, tuple):
-        return _rounded(lam[0], dtype), _rounded(lam[1], dtype)
-    return float(round_to(dtype, lam))
-
-
-@lru_cache
-def _limits(norm: ActivityNorm, dtype: np.dtype[Any]) -> tuple[float, float]:
-    """Return the largest λ and the machine epsilon of a compute dtype."""
-    return largest_lam(norm, dtype), float(np.finfo(dtype).eps)
-
-
-def _zeros_like(array: Any, kind: str) -> Any:
-    """Return zeros of the shape, dtype, order and device of ``array``."""
-    if kind not in (NUMPY, CUPY):
-        if not hasattr(array, "__array_namespace__"):  # of the array API standard
-            raise TypeError(f"a gradient for a {kind} cannot be made; pass an array as out")
-        return array.__array_namespace__().zeros_like(array)
-    order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-    if kind == NUMPY:
-        return np.zeros(array.shape, array.dtype, order)
-    with array.device:
-        return sys.modules["cupy"].zeros(array.shape, array.dtype, order)
 
 
 def _raveled(x: Any, g: Any) -> tuple[Any, Any]:

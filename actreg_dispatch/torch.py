@@ -31,7 +31,7 @@ from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import array_type_of, usable
 from actreg_dispatch.regularization import ActivityRegularization, Penalties
 from actreg_dispatch.rounding import PairedSum, PartialSum
-from actreg_dispatch.validation import check_real
+from actreg_dispatch.strength import check_scale, count_of
 
 __all__ = [
     "ActivityRegularizer",
@@ -270,7 +270,7 @@ class ActivityRegularizer(torch.nn.Module):
 
     @scale.setter
     def scale(self, value: float) -> None:
-        self._scale = check_real("scale", value, "pass a real number, such as the loss scale")
+        self._scale = check_scale(value)
 
     @torch.compiler.disable
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
@@ -476,11 +476,11 @@ def _expression(
 
     def gradient(activations: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         x = activations.to(_compute_dtype(activations))
-        count = {"sum": 1, "mean": x.numel(), "batch": len(x) if x.ndim else 1}[reg.reduction]
+        count = count_of(reg.reduction, x.shape)
         if reg.norm is ActivityNorm.L1_L2_SQUARED:
-            first, second = (lam / max(1, count) * scale for lam in reg.lam)
+            first, second = (lam / count * scale for lam in reg.lam)
             return (first * x.sign() + second * 2 * x).to(activations.dtype)
-        strength = reg.lam / max(1, count) * scale
+        strength = reg.lam / count * scale
         if reg.norm is ActivityNorm.L1:
             added = strength * x.sign()
         elif reg.norm is ActivityNorm.L2_SQUARED:

@@ -1,17 +1,18 @@
-"""Moving data between array libraries, which happens only on an explicit choice of a backend.
+"""Moving data between array libraries, on an explicit choice of a backend only; making arrays.
 
 A library is known here by the dotted name of its array type.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 
 from actreg_dispatch.registry import CUPY, NUMPY
 
-__all__ = ["move", "write_back"]
+__all__ = ["move", "write_back", "zeros_like"]
 
 
 def move(array: Any, source: str, target: str) -> Any:
@@ -44,3 +45,16 @@ def write_back(values: Any, source: str, destination: Any, target: str) -> None:
     else:
         with destination.device:
             destination[...] = move(values, source, target)
+
+
+def zeros_like(array: Any, kind: str) -> Any:
+    """Return zeros of the shape, dtype, order and device of ``array``."""
+    if kind not in (NUMPY, CUPY):
+        if not hasattr(array, "__array_namespace__"):  # of the array API standard
+            raise TypeError(f"a gradient for a {kind} cannot be made; pass an array as out")
+        return array.__array_namespace__().zeros_like(array)
+    order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+    if kind == NUMPY:
+        return np.zeros(array.shape, array.dtype, order)
+    with array.device:
+        return sys.modules["cupy"].zeros(array.shape, array.dtype, order)

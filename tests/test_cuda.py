@@ -204,7 +204,7 @@ def test_indices_have_64_bits(cupy, kernel):
     x, g = (
         cupy.lib.stride_tricks.as_strided(array, (3, far), array.strides) for array in (rows, room)
     )
-    digits = cupy.zeros(cupy_cuda._PLACES + 2, np.int64)
+    digits = cupy.zeros(cupy_cuda.PLACES + 2, np.int64)
     extra = (cupy.asarray(2.0, np.float32),) if kernel == "_UPDATE_L2" else (digits,)
     extra += () if kernel == "_SUM_SQUARES" else (g,)
     launch = getattr(cupy_cuda, kernel)
@@ -314,7 +314,7 @@ def test_the_size_of_the_grid_does_not_show(cupy, monkeypatch, norm):
     values = np.random.default_rng(0).normal(size=9001)
     expected, updated = exact_result(values, np.ones_like(values), norm, 0.1)
     for blocks in (1, 3, 1024):
-        monkeypatch.setattr(cupy_cuda, "_MAX_BLOCKS", blocks)
+        monkeypatch.setattr(cupy_cuda, "MAX_BLOCKS", blocks)
         g = cupy.ones(9001)
         found = ActivityRegularization(0.1, norm).apply(cupy.asarray(values), g)
         assert found.get().tobytes() == expected.tobytes()

@@ -79,7 +79,7 @@ def compiled(source, architecture):
     options += ["--std=c++17", f"-arch=compute_{architecture}", "-default-device", "-ftz=true"]
     program = nvrtc.createProgram(source, "kernels.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*options, *cupy_cuda._OPTIONS))
+        nvrtc.compileProgram(program, (*options, *cupy_cuda.OPTIONS))
     except Exception:
         pytest.fail(nvrtc.getProgramLog(program))
     return nvrtc.getPTX(program).decode()

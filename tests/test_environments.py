@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from actreg_dispatch import ActivityRegularization, warmup
-from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.backends import compiling
 
 USE = """
 import numpy as np
@@ -219,7 +219,7 @@ def test_a_compiler_that_fails_at_any_stage(monkeypatch, norm, layout, stage):
         return real(*arguments, **options)
 
     monkeypatch.setattr(numba, "njit", njit)
-    monkeypatch.setattr(numba_cpu, "_KERNELS", {})
+    monkeypatch.setattr(compiling, "KERNELS", {})
     # One for the pass and one for the sum in integers, or L2's two; its root is not on a tie.
     kernels = 1 if (norm, layout) == ("l2", "flat") else 2
     fails = stage < kernels

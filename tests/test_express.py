@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, use_backend, warmup
-from actreg_dispatch.backends import numba_cpu, reference
+from actreg_dispatch.backends import compiling, numba_cpu, reference
 from actreg_dispatch.exact import exact_result
 
 LARGE = numba_cpu.PARALLEL_FROM + 5
@@ -188,9 +188,9 @@ def test_misaligned_arrays_are_left_to_the_reference(monkeypatch, dtype):
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_warming_up_leaves_nothing_to_compile(monkeypatch, norm):
-    monkeypatch.setattr(numba_cpu, "_KERNELS", {})
+    monkeypatch.setattr(compiling, "KERNELS", {})
     warmup([np.float16, "float32"], norm, strided=True)
-    monkeypatch.setattr(numba_cpu, "_compiled", None)
+    monkeypatch.setattr(numba_cpu, "compile_kernel", None)
     for dtype in (np.float16, np.float32):
         reg = ActivityRegularization(1.0, norm)
         for size in (3, LARGE):

@@ -19,6 +19,7 @@ from actreg_dispatch import (
 )
 from actreg_dispatch.backends import many_arrays
 from actreg_dispatch.exact import binary64, exact_sum
+from actreg_dispatch.strength import constants_of
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -322,6 +323,6 @@ def test_as_many_launches_for_all_layers_as_for_one(cupy, norm):
                     patch.setattr(module, name, counting(value))
                 elif name in ("_PASSES", "_FINISHES"):
                     patch.setattr(module, name, {n: counting(k) for n, k in value.items()})
-        many_cupy_arrays.apply_many(xs, gs, norm, [reg._constants(xs[0].dtype, 1)] * 20)
+        many_cupy_arrays.apply_many(xs, gs, norm, [constants_of(reg, xs[0].dtype, 1)] * 20)
     assert len(calls) == launches
     assert all((g != 0).all() for g in gs)

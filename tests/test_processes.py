@@ -146,12 +146,12 @@ if __name__ == "__main__":
 def test_a_fork_while_another_thread_compiles(script):
     code = """
 import actreg_dispatch
-from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.backends import compiling
 
 thread = threading.Thread(target=result)
 thread.start()
-while numba_cpu._COMPILING.acquire(blocking=False):  # until it is at work
-    numba_cpu._COMPILING.release()
+while compiling.COMPILING.acquire(blocking=False):  # until it is at work
+    compiling.COMPILING.release()
     time.sleep(1e-3)
 children = []
 for _ in range(3):
@@ -221,7 +221,7 @@ def test_kernels_release_the_interpreter_lock(script):
     """While a long call computes, a thread in Python is never kept waiting for half of it."""
     code = """
 from actreg_dispatch import ActivityRegularization
-from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.backends import compiling
 
 ticks, stop = [], False
 
@@ -254,7 +254,7 @@ try:
 finally:
     stop = True
     thread.join()
-kernels = [getattr(k, "targetoptions", None) for k in numba_cpu._KERNELS.values()]
+kernels = [getattr(k, "targetoptions", None) for k in compiling.KERNELS.values()]
 assert all(options["nogil"] for options in kernels if options)
 assert sum(options is not None for options in kernels) >= 3  # the serial ones, too
 print("done")
@@ -316,17 +316,17 @@ def test_an_interrupt_waits_for_the_compiler(script):
     code = """
 import signal
 from actreg_dispatch import ActivityRegularization
-from actreg_dispatch.backends import numba_cpu
+from actreg_dispatch.backends import compiling
 
 x, g, handler = np.ones(10, np.float32), np.zeros(10, np.float32), signal.getsignal(signal.SIGINT)
 reg, interrupted = ActivityRegularization(0.5), 0
 reg.apply(x, g)
 begin = time.perf_counter()
-numba_cpu._KERNELS.clear()
+compiling.KERNELS.clear()
 ActivityRegularization(0.5).apply(x, g)
 needed = time.perf_counter() - begin
 for attempt in range(12):
-    numba_cpu._KERNELS.clear()
+    compiling.KERNELS.clear()
     timer = threading.Timer(needed * attempt / 12, os.kill, [os.getpid(), signal.SIGINT])
     try:
         timer.start()

@@ -38,21 +38,21 @@ name = "cupy"
 _HAS_BFLOAT16 = int(cupy.__version__.partition(".")[0]) >= 14
 dtypes = NATIVE_DTYPES if _HAS_BFLOAT16 else {FLOAT16, FLOAT32, FLOAT64}
 
-_THREADS = 256  # of a block
-_MAX_BLOCKS = 1024
-_ELEMENTS_PER_THREAD = 8  # at least, so that the sums weigh little beside the data
+THREADS = 256  # of a block
+MAX_BLOCKS = 1024
+ELEMENTS_PER_THREAD = 8  # at least, so that the sums weigh little beside the data
 _BATCH = 4  # elements that a thread loads before it uses the first: more of them are under way
 _PARTS = 6  # numbers of an expansion: holds numbers 80 decades apart, or squares of 30
-_PLACES, _DIGIT_BITS = 168, 26  # 2 * 2046 + 106 bits of the largest square, and room for carries
+PLACES, _DIGIT_BITS = 168, 26  # 2 * 2046 + 106 bits of the largest square, and room for carries
 
-_CONSTANTS = {"THREADS": _THREADS, "BATCH": _BATCH, "PARTS": _PARTS, "PLACES": _PLACES}
+_CONSTANTS = {"THREADS": THREADS, "BATCH": _BATCH, "PARTS": _PARTS, "PLACES": PLACES}
 _CONSTANTS["DIGIT_BITS"] = _DIGIT_BITS
 PREAMBLE = "".join(f"constexpr int {key} = {value};\n" for key, value in _CONSTANTS.items())
 PREAMBLE += Path(__file__).with_name("exact_sum.cuh").read_text(encoding="utf-8")
-_OPTIONS = ("--fmad=false",)
+OPTIONS = ("--fmad=false",)
 
 
-def _walk(use: str, *, updates: bool) -> str:
+def walk(use: str, *, updates: bool) -> str:
     """Return the loop of a thread that does ``use`` with ``value[b]`` (and ``old[b]``) of each j.
 
     ``start`` is the number of the thread, ``step`` that of all, ``count`` that of the elements.
@@ -95,12 +95,12 @@ def _pass_kernel(kernel_name: str, *terms: str, added: str = "") -> cupy.Element
         _LOOP,
         "raw int64 digits, raw T g" if added else "raw int64 digits",
         f"""{_STRENGTHS}
-        exact_sum {", ".join(names)};{_walk(use, updates=bool(added))}
+        exact_sum {", ".join(names)};{walk(use, updates=bool(added))}
         {ends}
         """,
         kernel_name,
         preamble=PREAMBLE,
-        options=_OPTIONS,
+        options=OPTIONS,
         no_return=True,
     )
 
@@ -119,11 +119,11 @@ def _finish_kernel(kernel_name: str, inputs: str, outputs: str, end: str) -> cup
         kernel_name,
         reduce_type="places",
         preamble=PREAMBLE,
-        options=_OPTIONS,
+        options=OPTIONS,
     )
 
 
-_ADDED = {  # to the gradient at x, value[b]
+ADDED = {  # to the gradient at x, value[b]
     ActivityNorm.L1: "signed_strength(value[b], strength)",
     ActivityNorm.L2: "divide(multiply(strength, value[b]), size)",
     ActivityNorm.L2_SQUARED: "scaled(value[b], strength)",
@@ -132,12 +132,12 @@ _ADDED = {  # to the gradient at x, value[b]
 _SUM_ABSOLUTE = _pass_kernel("actreg_sum_absolute", "absolute")
 _SUM_SQUARES = _pass_kernel("actreg_sum_squares", "square")
 _SUM_BOTH = _pass_kernel("actreg_sum_both", "absolute", "square")
-_APPLY_L1 = _pass_kernel("actreg_apply_l1", "absolute", added=_ADDED[ActivityNorm.L1])
+_APPLY_L1 = _pass_kernel("actreg_apply_l1", "absolute", added=ADDED[ActivityNorm.L1])
 _APPLY_L2_SQUARED = _pass_kernel(
-    "actreg_apply_l2_squared", "square", added=_ADDED[ActivityNorm.L2_SQUARED]
+    "actreg_apply_l2_squared", "square", added=ADDED[ActivityNorm.L2_SQUARED]
 )
 _APPLY_BOTH = _pass_kernel(
-    "actreg_apply_both", "absolute", "square", added=_ADDED[ActivityNorm.L1_L2_SQUARED]
+    "actreg_apply_both", "absolute", "square", added=ADDED[ActivityNorm.L1_L2_SQUARED]
 )
 _SUMS = {
     ActivityNorm.L1: _SUM_ABSOLUTE,
@@ -177,20 +177,20 @@ def _update_kernel(kernel_name: str, added: str) -> cupy.ElementwiseKernel:
         if (threadIdx.x == 0) size = divisor[0];
         __syncthreads();
         if (widen(size) == 0.0) return;{_STRENGTHS}{
-            _walk(f"g[j] = T(add(old[b], {added}));", updates=True)
+            walk(f"g[j] = T(add(old[b], {added}));", updates=True)
         }
         """,
         kernel_name,
         preamble=PREAMBLE,
-        options=_OPTIONS,
+        options=OPTIONS,
         no_return=True,
     )
 
 
-_UPDATE_L1 = _update_kernel("actreg_update_l1", _ADDED[ActivityNorm.L1])
-_UPDATE_L2 = _update_kernel("actreg_update_l2", _ADDED[ActivityNorm.L2])
-_UPDATE_L2_SQUARED = _update_kernel("actreg_update_l2_squared", _ADDED[ActivityNorm.L2_SQUARED])
-_UPDATE_BOTH = _update_kernel("actreg_update_both", _ADDED[ActivityNorm.L1_L2_SQUARED])
+_UPDATE_L1 = _update_kernel("actreg_update_l1", ADDED[ActivityNorm.L1])
+_UPDATE_L2 = _update_kernel("actreg_update_l2", ADDED[ActivityNorm.L2])
+_UPDATE_L2_SQUARED = _update_kernel("actreg_update_l2_squared", ADDED[ActivityNorm.L2_SQUARED])
+_UPDATE_BOTH = _update_kernel("actreg_update_both", ADDED[ActivityNorm.L1_L2_SQUARED])
 _UPDATES = {
     ActivityNorm.L1: _UPDATE_L1,
     ActivityNorm.L2: _UPDATE_L2,
@@ -285,7 +285,7 @@ def _digits(kernel: cupy.ElementwiseKernel, strength: Any, *arrays: cupy.ndarray
     Of two sums the first row is the first.
     """
     sums = 2 if kernel in (_SUM_BOTH, _APPLY_BOTH) else 1
-    digits = cupy.zeros(sums * (_PLACES + 2), np.int64)
+    digits = cupy.zeros(sums * (PLACES + 2), np.int64)
     _launch(kernel, strength, digits, arrays=arrays)
     return digits
 
@@ -299,11 +299,11 @@ def _launch(
     """
     count = arrays[0].size
     if count:
-        blocks = min(_MAX_BLOCKS, -(-count // (_THREADS * _ELEMENTS_PER_THREAD)))
-        step = blocks * _THREADS
+        blocks = min(MAX_BLOCKS, -(-count // (THREADS * ELEMENTS_PER_THREAD)))
+        step = blocks * THREADS
         first, second = strength if isinstance(strength, tuple) else (strength, 0.0)
         x, *gradients = collapse(*arrays)
-        kernel(x, count, step, first, second, option, *gradients, size=step, block_size=_THREADS)
+        kernel(x, count, step, first, second, option, *gradients, size=step, block_size=THREADS)
 
 
 def _results(norm: ActivityNorm, dtype: np.dtype[Any]) -> list[cupy.ndarray]:
@@ -320,7 +320,7 @@ def _finish(
 ) -> None:
     """Write what :func:`_results` made room for."""
     if norm is ActivityNorm.L1_L2_SQUARED:
-        _FINISH_BOTH(digits[: _PLACES + 2], digits, *lam, *results)
+        _FINISH_BOTH(digits[: PLACES + 2], digits, *lam, *results)
     elif norm is ActivityNorm.L2:
         _FINISH_L2(digits, digits, lam, epsilon, *results)
     else:

@@ -22,25 +22,23 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, register_jitable
 
-from actreg_dispatch.backends import numba_cpu
-from actreg_dispatch.backends.numba_cpu import (
-    _BLOCK,
-    _UPDATES,
-    PARALLEL_FROM,
-    _address,
-    _bits_of,
-    _compiled,
-    _dense_row,
-    _edition,
-    _kernel,
-    _leave,
-    _sum_nothing,
-    _summing,
+from actreg_dispatch.backends.compiling import code_edition, compile_kernel, kernel_of
+from actreg_dispatch.backends.numba_cpu import PARALLEL_FROM
+from actreg_dispatch.backends.numba_rows import (
+    BLOCK,
+    UPDATES,
+    address_of,
+    bits_of,
+    dense_row,
+    leave,
+    sum_nothing,
+    summing_of,
 )
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import (
     COMPUTE_DTYPES,
     FLOAT64,
+    NATIVE_DTYPES,
     PLAIN_BOUND,
     REFUSED,
     UNDECIDED,
@@ -51,8 +49,8 @@ from actreg_dispatch.threads import may_use_threads
 
 __all__ = ["express_all"]
 
-# Where a tuple has its items, and an array object its class and its fields, in bytes: after the head
-# that all Python objects have, of which the class is the end.
+# Where a tuple has its items, and an array object its class and its fields, in bytes: behind the
+# head that all Python objects have, of which the class is the end.
 _HEAD = object.__basicsize__
 _ITEMS, _CLASS = tuple.__basicsize__, _HEAD - 8
 _DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = (_HEAD + 8 * k for k in (0, 1, 2, 5, 6))
@@ -71,17 +69,17 @@ def express_all(
 ) -> np.ndarray[Any, Any] | None:
     """Update all gradients and return the penalties, or None, having written nothing.
 
-    There is at least one layer, and the activations of the first are an array of NumPy. Where a penalty takes an exact sum it is ``UNDECIDED``, or ``REFUSED`` if its gradients are
-    still to be updated. λ is as yet not divided as ``reduction`` says; ``epsilon`` is NaN for the
-    default.
+    There is at least one layer, and the activations of the first are an array of NumPy. Where a
+    penalty takes an exact sum it is ``UNDECIDED``, or ``REFUSED`` if its gradients are still to be
+    updated. λ is as yet not divided as ``reduction`` says; ``epsilon`` is NaN for the default.
     """
     layers = len(activations)
     dtype = activations[0].dtype
-    if not _LAYOUT_IS_KNOWN or dtype not in numba_cpu.dtypes:
+    if not _LAYOUT_IS_KNOWN or dtype not in NATIVE_DTYPES:
         return None
     table = np.empty((layers, 4), np.int64)
     tuples, kinds = (id(activations), id(gradients)), (id(np.ndarray), id(dtype))
-    size = _kernel(_inspector)(*tuples, *kinds, dtype.itemsize, table)
+    size = kernel_of(_inspector)(*tuples, *kinds, dtype.itemsize, table)
     if size < 0:
         return None
     if reduction == "batch" and (table[:, 3] < 0).any():  # no axes, no batch
@@ -98,9 +96,9 @@ def express_all(
     if not limited.max() <= largest_lam(norm, COMPUTE_DTYPES[dtype]):
         return None
     parallel = size >= PARALLEL_FROM and may_use_threads()
-    kernel = _kernel(_updater, norm, dtype, parallel)
+    kernel = kernel_of(_updater, norm, dtype, parallel)
     penalties = np.empty(layers)
-    kernel(table, np.empty(0, _bits_of(dtype)), lams, strengths, epsilon, penalties)
+    kernel(table, np.empty(0, bits_of(dtype)), lams, strengths, epsilon, penalties)
     return penalties
 
 
@@ -121,7 +119,7 @@ def _inspector() -> Any:
     It returns -1 where an array is not plain or gradients share memory with anything. It holds the
     interpreter's lock, so that no thread changes an array meanwhile.
     """
-    edition = _edition(numba_cpu)
+    edition = code_edition()
 
     def kernel(activations, gradients, array, dtype, itemsize, table):  # type: ignore[no-untyped-def]
         _ = edition
@@ -169,7 +167,7 @@ def _inspector() -> Any:
         return total
 
     signature = types.int64(*[types.int64] * 5, _TABLE)
-    return _compiled(kernel, signature, nogil=False)
+    return compile_kernel(kernel, signature, nogil=False)
 
 
 @register_jitable
@@ -195,11 +193,11 @@ def _two_pairs(totals, b):  # type: ignore[no-untyped-def]
 @register_jitable
 def _block(like, table, layer, number):  # type: ignore[no-untyped-def]
     """Return that block of x and of g, arrays of the type of ``like``."""
-    start = number * _BLOCK
-    length = min(_BLOCK, table[layer, 2] - start)
-    offset = start * like.itemsize - _address(like)
-    x = _dense_row(like, table[layer, 0] + offset, length)
-    return x, _dense_row(like, table[layer, 1] + offset, length)
+    start = number * BLOCK
+    length = min(BLOCK, table[layer, 2] - start)
+    offset = start * like.itemsize - address_of(like)
+    x = dense_row(like, table[layer, 0] + offset, length)
+    return x, dense_row(like, table[layer, 1] + offset, length)
 
 
 def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
@@ -207,14 +205,14 @@ def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
 
     λ of the penalty and of the gradient come in a row for each layer.
     """
-    element = _bits_of(dtype)
-    sum_row, zero, merge, _, magnitude, _, _, _, certified_of = _summing(norm, element)
+    element = bits_of(dtype)
+    sum_row, zero, merge, _, magnitude, _, _, _, certified_of = summing_of(norm, element)
     root, anchored = norm is ActivityNorm.L2, dtype == FLOAT64
     real = COMPUTE_DTYPES[dtype].type
-    update, quotient = _leave if root else _UPDATES[norm], _UPDATES[ActivityNorm.L2]
+    update, quotient = leave if root else UPDATES[norm], UPDATES[ActivityNorm.L2]
     default, columns = float(np.finfo(real).eps), len(zero)
     lam_of, total_of = (_both, _two_pairs) if columns == 4 else (_one, _pair)
-    edition = _edition(numba_cpu), parallel
+    edition = code_edition(), parallel
 
     def kernel(table, like, lams, strengths, epsilon, penalties):  # type: ignore[no-untyped-def]
         _ = edition
@@ -223,7 +221,7 @@ def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
         before = np.empty(layers + 1, np.int64)  # how many blocks the layers before have
         before[0] = 0
         for layer in range(layers):
-            before[layer + 1] = before[layer] - (-table[layer, 2] // _BLOCK)
+            before[layer + 1] = before[layer] - (-table[layer, 2] // BLOCK)
         layer_of = np.empty(before[layers], np.int64)
         for layer in range(layers):
             for b in range(before[layer], before[layer + 1]):
@@ -255,12 +253,12 @@ def _updater(norm: ActivityNorm, dtype: np.dtype[Any], parallel: bool) -> Any:
                 if divisors[layer] != 0.0:
                     x, g = _block(like, table, layer, b - before[layer])
                     strength, divisor = strengths[layer, 0], divisors[layer]
-                    _sum_nothing(x, g, (0.0, 0.0), magnitude, quotient, strength, divisor)
+                    sum_nothing(x, g, (0.0, 0.0), magnitude, quotient, strength, divisor)
 
     like = types.Array(numba.from_dtype(element), 1, "C")
     rows, floats = types.Array(types.float64, 2, "C"), types.Array(types.float64, 1, "C")
     signature = types.void(_TABLE, like, rows, rows, types.float64, floats)
-    return _compiled(kernel, signature, parallel)
+    return compile_kernel(kernel, signature, parallel)
 
 
 def _layout_is_known() -> bool:

@@ -11,21 +11,21 @@ import cupy
 import numpy as np
 
 from actreg_dispatch.backends.cupy_cuda import (
-    _ADDED,
-    _ELEMENTS_PER_THREAD,
-    _MAX_BLOCKS,
-    _OPTIONS,
-    _PLACES,
-    _THREADS,
+    ADDED,
+    ELEMENTS_PER_THREAD,
+    MAX_BLOCKS,
+    OPTIONS,
+    PLACES,
     PREAMBLE,
-    _walk,
+    THREADS,
+    walk,
 )
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import COMPUTE_DTYPES
 
 __all__ = ["apply_many"]
 
-_COUNTERS = _PLACES + 2
+_COUNTERS = PLACES + 2
 
 # What the columns of the table are for: addresses, elements, blocks before and of the layer, and
 # as the bits of binary64 numbers λ of the penalty and of the gradient, each for two sums.
@@ -37,7 +37,7 @@ enum columns {{ {", ".join(_COLUMNS)}, COLUMNS }};
 """
 )
 
-# Finds the layer of a block, and names what _walk takes.
+# Finds the layer of a block, and names what walk takes.
 _LAYER = """
     ptrdiff_t layer = 0;
     for (ptrdiff_t last = layers - 1; layer < last;) {
@@ -65,17 +65,17 @@ def _pass_kernel(norm: ActivityNorm, *terms: str) -> cupy.ElementwiseKernel:
         for name, term, place in zip(names, terms, places, strict=True)
     )
     if updates:
-        use += f" g[j] = T(add(old[b], {_ADDED[norm]}));"
+        use += f" g[j] = T(add(old[b], {ADDED[norm]}));"
     ends = " ".join(
         f"count_block({name}, {place});" for name, place in zip(names, places, strict=True)
     )
     return cupy.ElementwiseKernel(
         "raw int64 table, int64 layers, raw T like",
         "raw int64 digits",
-        f"{_LAYER}\n exact_sum {', '.join(names)};{_walk(use, updates=updates)}\n {ends}",
+        f"{_LAYER}\n exact_sum {', '.join(names)};{walk(use, updates=updates)}\n {ends}",
         f"actreg_many_{norm.value}",
         preamble=_PREAMBLE,
-        options=_OPTIONS,
+        options=OPTIONS,
         no_return=True,
     )
 
@@ -107,7 +107,7 @@ def _finish_kernel(norm: ActivityNorm) -> cupy.ElementwiseKernel:
         """,
         f"actreg_many_finish_{norm.value}",
         preamble=_PREAMBLE,
-        options=_OPTIONS,
+        options=OPTIONS,
     )
 
 
@@ -120,12 +120,12 @@ _UPDATE_L2 = cupy.ElementwiseKernel(
     if (threadIdx.x == 0) size = divisors[layer];
     __syncthreads();
     if (widen(size) == 0.0) return;{
-        _walk(f"g[j] = T(add(old[b], {_ADDED[ActivityNorm.L2]}));", updates=True)
+        walk(f"g[j] = T(add(old[b], {ADDED[ActivityNorm.L2]}));", updates=True)
     }
     """,
     "actreg_many_update_l2",
     preamble=_PREAMBLE,
-    options=_OPTIONS,
+    options=OPTIONS,
     no_return=True,
 )
 
@@ -148,21 +148,21 @@ def apply_many(
             return None
     table = np.zeros((layers, len(_COLUMNS)), np.int64)
     sizes = np.array([x.size for x in activations], np.int64)
-    blocks = np.minimum(_MAX_BLOCKS, -(-sizes // (_THREADS * _ELEMENTS_PER_THREAD)))
+    blocks = np.minimum(MAX_BLOCKS, -(-sizes // (THREADS * ELEMENTS_PER_THREAD)))
     table[:, 0] = [x.data.ptr for x in activations]
     table[:, 1] = [g.data.ptr for g in gradients]
     table[:, 2], table[:, 3], table[:, 4] = sizes, np.cumsum(blocks) - blocks, blocks
     numbers = table.view(np.float64)
     for row, (lam, strength, _) in zip(numbers, constants, strict=True):
         row[5:7], row[7:9] = lam, strength  # one of them for both, where there is one
-    epsilon, threads = constants[0][2], int(blocks.sum()) * _THREADS
+    epsilon, threads = constants[0][2], int(blocks.sum()) * THREADS
     sums = 2 if norm is ActivityNorm.L1_L2_SQUARED else 1
     compute = COMPUTE_DTYPES[first.dtype]
     with first.device:
         digits = cupy.zeros(layers * sums * _COUNTERS, np.int64)
         penalties, divisors = (cupy.empty(layers, compute) for _ in range(2))
         there = cupy.asarray(table)
-        launch = {"size": threads, "block_size": _THREADS}
+        launch = {"size": threads, "block_size": THREADS}
         if threads:
             _PASSES[norm](there, layers, first, digits, **launch)
         _FINISHES[norm](there, digits, epsilon, penalties, divisors)

@@ -1,0 +1,454 @@
+"""What kernels are made of: numbers as bits, magnitudes, updates, and sums along a row.
+
+What a pass does is put together from three small functions: a *magnitude*, |x| or x², a *sum* of
+the magnitudes along a row, plain or anchored (see :mod:`actreg_dispatch.rounding`), and an *update*
+of the gradient. Sums stay in vector registers.
+
+Numba knows no 16-bit floats on the CPU. The kernels get the bits, float16 as uint16 and bfloat16 as
+int16, and the type of the bits says how :func:`_widen` and :func:`_narrow` convert them.
+
+All of it is plain Python at the top of this module, so that what a kernel closes over can be looked
+up by name, which Numba's cache on disk depends on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, register_jitable
+
+from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.rounding import (
+    ANCHORED_TERMS,
+    FLOAT16,
+    FLOAT64,
+    LIMB,
+    PLAIN_TERMS,
+    anchored_bound,
+    certified,
+    certified_both,
+    merge_pairs,
+    results_of,
+    two_sum,
+)
+
+__all__ = [
+    "BLOCK",
+    "UPDATES",
+    "Summing",
+    "add_both",
+    "add_quotient",
+    "address_of",
+    "bits_of",
+    "dense_row",
+    "leave",
+    "strided_row",
+    "sum_nothing",
+    "summing_of",
+    "tally_row",
+]
+
+BLOCK = PLAIN_TERMS
+"""Elements that one thread does at a time."""
+_LOW = (1 << LIMB) - 1  # the bits of a limb
+
+# Compiled code calls the shared arithmetic by its own name.
+for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified, certified_both):
+    register_jitable(_function)
+
+
+# Numbers as bits.
+
+
+def bits_of(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the dtype that a kernel knows ``dtype`` by."""
+    if dtype.itemsize > 2:
+        return dtype
+    return np.dtype(np.uint16 if dtype == FLOAT16 else np.int16)
+
+
+@intrinsic
+def _widen(typingctx, value):  # type: ignore[no-untyped-def]
+    """Return ``value`` in the compute dtype, exactly; a float is itself."""
+
+    def float16(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        half = builder.bitcast(arguments[0], ir.HalfType())
+        return builder.fpext(half, ir.FloatType())
+
+    def bfloat16(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word = ir.IntType(32)  # a float32 whose lower half is cut off
+        bits = builder.shl(builder.zext(arguments[0], word), word(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    def same(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return arguments[0]
+
+    if isinstance(value, types.Float):
+        return value(value), same
+    return types.float32(value), float16 if value == types.uint16 else bfloat16
+
+
+@intrinsic
+def _narrow(typingctx, like, value):  # type: ignore[no-untyped-def]
+    """Return ``value`` rounded to nearest-even in the type of ``like``; NaN stays quiet NaN."""
+
+    def float16(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        half = builder.fptrunc(arguments[1], ir.HalfType())
+        return builder.bitcast(half, ir.IntType(16))
+
+    def bfloat16(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        word, short = ir.IntType(32), ir.IntType(16)
+        bits = builder.bitcast(arguments[1], word)
+        odd = builder.and_(builder.lshr(bits, word(16)), word(1))
+        even = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
+        sign = builder.and_(builder.lshr(bits, word(16)), word(0x8000))
+        quiet = builder.or_(sign, word(0x7FC0))  # as ml_dtypes has it: the payload is not kept
+        is_nan = builder.fcmp_unordered("uno", arguments[1], arguments[1])
+        return builder.trunc(builder.select(is_nan, quiet, even), short)
+
+    def same(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return arguments[1]
+
+    if isinstance(like, types.Float):
+        return like(like, like), same
+    return like(like, types.float32), float16 if like == types.uint16 else bfloat16
+
+
+@intrinsic
+def _bits(typingctx, value):  # type: ignore[no-untyped-def]
+    """Return the bits of a float64 as an int64."""
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.IntType(64))
+
+    return types.int64(types.float64), cast
+
+
+@intrinsic
+def _float(typingctx, bits):  # type: ignore[no-untyped-def]
+    """Return the float64 that has these bits, an int64."""
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], ir.DoubleType())
+
+    return types.float64(types.int64), cast
+
+
+@intrinsic
+def _multiply_add(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """Return ``a * b + c`` of float64 rounded once: an instruction, or the C library's ``fma``."""
+
+    def fused(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.fma(*arguments)
+
+    return types.float64(types.float64, types.float64, types.float64), fused
+
+
+@intrinsic
+def address_of(typingctx, array):  # type: ignore[no-untyped-def]
+    """Return where the first element of ``array`` is, an int64."""
+
+    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, ir.IntType(64))
+
+    return types.int64(array), cast
+
+
+def _row(layout: str) -> Any:
+    """Return the function that makes an array of one axis and ``layout`` out of ``first``.
+
+    It has ``length`` elements, lies ``offset`` bytes behind ``first``, and holds no reference.
+    """
+
+    @intrinsic
+    def row(typingctx, first, offset, length):  # type: ignore[no-untyped-def]
+        def move(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            array = context.make_array(first)(context, builder, arguments[0])
+            start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+            array.data = builder.bitcast(builder.gep(start, [arguments[1]]), array.data.type)
+            array.shape = builder.insert_value(array.shape, arguments[2], 0)
+            array.nitems = arguments[2]
+            array.meminfo = ir.Constant(array.meminfo.type, None)
+            return array._getvalue()
+
+        return first.copy(layout=layout)(first, types.int64, types.int64), move
+
+    return row
+
+
+strided_row, dense_row = _row("A"), _row("C")
+
+
+# Magnitudes: |x| or x² in binary64, less the second result, which is what the square lost.
+
+
+@register_jitable
+def _absolute(value):  # type: ignore[no-untyped-def]
+    return abs(value), 0.0
+
+
+@register_jitable
+def _square(value):  # type: ignore[no-untyped-def]
+    square = value * value
+    return square, -_multiply_add(value, value, -square)
+
+
+# Updates: add the gradient at x[j] to g[j], rounding after every operation in the compute dtype.
+
+
+@register_jitable
+def leave(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    """Leave the gradients alone, for a pass that sums."""
+
+
+@register_jitable
+def _signed(x, strength):  # type: ignore[no-untyped-def]
+    real = type(x)
+    return real(strength) * math.copysign(real(1.0), x) if abs(x) > 0 else real(0.0)
+
+
+@register_jitable
+def _add_signed(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    g[j] = _narrow(g[j], _widen(g[j]) + _signed(x, strength))
+
+
+@register_jitable
+def _add_scaled(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    real = type(x)
+    g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * real(2)) * x)
+
+
+@register_jitable
+def add_both(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    """Add L1's gradient plus that of squared L2; ``strength`` is a pair."""
+    real = type(x)
+    added = _signed(x, strength[0]) + (real(strength[1]) * real(2)) * x
+    g[j] = _narrow(g[j], _widen(g[j]) + added)
+
+
+@register_jitable
+def add_quotient(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+    """Add L2's gradient; ``divisor`` is the norm."""
+    real = type(x)
+    g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * x) / real(divisor))
+
+
+UPDATES = {
+    ActivityNorm.L1: _add_signed,
+    ActivityNorm.L2: add_quotient,
+    ActivityNorm.L2_SQUARED: _add_scaled,
+    ActivityNorm.L1_L2_SQUARED: add_both,
+}
+
+
+# Rows: update the gradients along one axis and add the magnitudes to the total, which is a sum in
+# a pair (hi, lo), or two sums.
+
+
+@register_jitable(fastmath={"reassoc"})
+def _plus(total, term):  # type: ignore[no-untyped-def]
+    """Add, in an order that the compiler may change: what makes a sum of vectors of it."""
+    return total + term
+
+
+@register_jitable
+def _sum_plain(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    hi, lo = total
+    for j in range(x.size):
+        value = _widen(x[j])
+        hi = _plus(hi, magnitude(np.float64(value))[0])
+        update(g, j, value, strength, divisor)
+    return hi, lo
+
+
+@register_jitable
+def _sum_plain_both(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    absolute, absolute_lo, squares, squares_lo = total
+    for j in range(x.size):
+        value = _widen(x[j])
+        wide = np.float64(value)
+        absolute = _plus(absolute, abs(wide))
+        squares = _plus(squares, wide * wide)
+        update(g, j, value, strength, divisor)
+    return absolute, absolute_lo, squares, squares_lo
+
+
+@register_jitable
+def _sum_anchored(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    for start in range(0, x.size, ANCHORED_TERMS):
+        # Slices indexed from 0 need no check for negative indices, which would not vectorize.
+        xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
+        total = _merge(total, _sum_tile(xs, gs, magnitude, update, strength, divisor))
+    return total
+
+
+@register_jitable
+def _sum_anchored_both(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    for start in range(0, x.size, ANCHORED_TERMS):  # the second look at a tile is in the cache
+        xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
+        absolute = _sum_tile(xs, gs, _absolute, leave, strength, divisor)
+        squares = _sum_tile(xs, gs, _square, update, strength, divisor)
+        total = _merge_both(total, (*absolute, *squares))
+    return total
+
+
+@register_jitable
+def _sum_tile(xs, gs, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    largest = 0
+    for j in range(xs.size):  # the bits of magnitudes are in the order of the magnitudes
+        largest = max(largest, _bits(abs(xs[j])))
+    exponent = _bits(magnitude(_float(largest))[0]) >> 52  # biased by 1023
+    anchor = _float((exponent + 10) << 52)
+    total, rest = 0.0, 0.0
+    for j in range(xs.size):
+        term, excess = magnitude(xs[j])
+        high = (term + anchor) - anchor
+        total = _plus(total, high)
+        rest = _plus(rest, (term - high) - excess)
+        update(gs, j, xs[j], strength, divisor)
+    if largest == 0 or 123 <= exponent <= 2036:
+        return two_sum(total, rest)
+    return math.inf, 0.0
+
+
+@register_jitable
+def sum_nothing(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+    """Update only."""
+    for j in range(x.size):
+        update(g, j, _widen(x[j]), strength, divisor)
+    return total
+
+
+@register_jitable
+def _merge(a, b):  # type: ignore[no-untyped-def]
+    return merge_pairs(a[0], a[1], b[0], b[1])
+
+
+@register_jitable
+def _merge_both(a, b):  # type: ignore[no-untyped-def]
+    first, second = merge_pairs(a[0], a[1], b[0], b[1]), merge_pairs(a[2], a[3], b[2], b[3])
+    return first[0], first[1], second[0], second[1]
+
+
+@register_jitable
+def _merge_blocks(totals, column):  # type: ignore[no-untyped-def]
+    hi, lo = 0.0, 0.0
+    for b in range(totals.shape[0]):
+        hi, lo = merge_pairs(hi, lo, totals[b, column], totals[b, column + 1])
+    return hi, lo
+
+
+@register_jitable
+def _merged(totals):  # type: ignore[no-untyped-def]
+    return _merge_blocks(totals, 0)
+
+
+@register_jitable
+def _merged_both(totals):  # type: ignore[no-untyped-def]
+    first, second = _merge_blocks(totals, 0), _merge_blocks(totals, 2)
+    return first[0], first[1], second[0], second[1]
+
+
+# λ, or both of a pair.
+
+
+@register_jitable
+def _rounded(lam, real):  # type: ignore[no-untyped-def]
+    return np.float64(real(lam))
+
+
+@register_jitable
+def _rounded_both(lam, real):  # type: ignore[no-untyped-def]
+    return np.float64(real(lam[0])), np.float64(real(lam[1]))
+
+
+@register_jitable
+def _largest(lam):  # type: ignore[no-untyped-def]
+    return lam
+
+
+@register_jitable
+def _largest_of_both(lam):  # type: ignore[no-untyped-def]
+    return max(lam[0] / 2, lam[1])  # the limit is that of λ₂, which the gradient doubles
+
+
+@register_jitable
+def _certified(total, bound, lam, epsilon, root, real):  # type: ignore[no-untyped-def]
+    return certified(total[0], total[1], bound, lam, epsilon, root, real)
+
+
+@register_jitable
+def _certified_both(total, bound, lam, epsilon, root, real):  # type: ignore[no-untyped-def]
+    penalty, certain = certified_both(total, bound, lam, real)
+    return penalty, real(0.0), True, certain
+
+
+class Summing(NamedTuple):
+    """How a norm is summed: what a kernel closes over."""
+
+    row: Any
+    zero: tuple[float, ...]
+    merge: Any
+    merged: Any
+    magnitude: Any = _absolute
+    numbers: Any = types.float64  # the type of λ
+    rounded: Any = _rounded
+    largest: Any = _largest
+    certified: Any = _certified
+
+
+def summing_of(norm: ActivityNorm | None, dtype: np.dtype[Any]) -> Summing:
+    """Return how ``norm`` is summed; None sums nothing."""
+    anchored = dtype == FLOAT64
+    if norm is None:
+        return Summing(sum_nothing, (0.0, 0.0), _merge, _merged)
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        return Summing(
+            _sum_anchored_both if anchored else _sum_plain_both,
+            (0.0,) * 4,
+            _merge_both,
+            _merged_both,
+            numbers=types.UniTuple(types.float64, 2),
+            rounded=_rounded_both,
+            largest=_largest_of_both,
+            certified=_certified_both,
+        )
+    row = _sum_anchored if anchored else _sum_plain
+    magnitude = _absolute if norm is ActivityNorm.L1 else _square
+    return Summing(row, (0.0, 0.0), _merge, _merged, magnitude)
+
+
+@register_jitable
+def tally_row(row, bins, squares):  # type: ignore[no-untyped-def]
+    """Add the limbs of every element, or of its square, to the bin of its exponent.
+
+    Returns infinity or NaN once met, else 0. A limb is below 2²⁸, so a bin holds 2³⁵ of them.
+    """
+    special = 0.0
+    for j in range(row.size):
+        magnitude = abs(np.float64(_widen(row[j])))
+        bits = _bits(magnitude)
+        exponent = bits >> 52
+        if exponent == 2047:
+            special += magnitude
+            continue
+        significand = bits & ((1 << 52) - 1)
+        if exponent > 0:
+            significand |= 1 << 52  # implied, but in subnormal numbers
+            exponent -= 1
+        low, high = significand & _LOW, significand >> LIMB
+        if squares:
+            ends, middle, top = low * low, 2 * low * high, high * high
+            bins[exponent, 0] += ends & _LOW
+            bins[exponent, 1] += (ends >> LIMB) + (middle & _LOW)
+            bins[exponent, 2] += (middle >> LIMB) + (top & _LOW)
+            bins[exponent, 3] += top >> LIMB
+        else:
+            bins[exponent, 0] += low
+            bins[exponent, 1] += high
+    return special
