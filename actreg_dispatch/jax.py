@@ -32,7 +32,7 @@ import numpy as np
 from actreg_dispatch.errors import BackendUnavailableError
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import requested
-from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.regularization import ActivityRegularization, check_regularization
 from actreg_dispatch.rounding import PairedSum, PartialSum, compute_dtype, round_to
 from actreg_dispatch.strength import check_scale, constants_of, count_of
 
@@ -205,8 +205,7 @@ def _immutable(name: str) -> TypeError:
 
 def _check(reg: Any, activations: Any) -> None:
     """Raise what can be raised before anything is computed or traced."""
-    if not isinstance(reg, ActivityRegularization):
-        raise TypeError(f"reg={reg!r} is no ActivityRegularization; make one, such as .l1(1e-3)")
+    check_regularization(reg)
     if not isinstance(activations, jax.Array):  # which tracers are, too
         kind = type(activations)
         raise TypeError(

@@ -50,7 +50,13 @@ from actreg_dispatch.validation import (
     check_number,
 )
 
-__all__ = ["ActivityRegularization", "Penalties", "Resolved", "resolved"]
+__all__ = [
+    "ActivityRegularization",
+    "Penalties",
+    "Resolved",
+    "check_regularization",
+    "resolved",
+]
 
 Strength = float | tuple[float, float]
 Total = PartialSum | PairedSum
@@ -808,6 +814,21 @@ class ActivityRegularization:
             if value != default
         )
         return f"{type(self).__name__}({self._lam!r}, {self._norm.value!r}{options})"
+
+
+def check_regularization(reg: Any) -> None:
+    """Refuse as ``reg`` what is none, for functions that take one.
+
+    Raises
+    ------
+    TypeError
+        If it is no :class:`ActivityRegularization`.
+    """
+    if not isinstance(reg, ActivityRegularization):
+        raise TypeError(
+            f"reg={reg!r} is of type {type(reg).__name__}; "
+            f"pass an ActivityRegularization, such as ActivityRegularization.l1(1e-3)"
+        )
 
 
 class Resolved(NamedTuple):

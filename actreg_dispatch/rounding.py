@@ -408,6 +408,14 @@ class PairedSum:
     absolute: PartialSum
     squares: PartialSum
 
+    def __post_init__(self) -> None:
+        pair = self.absolute, self.squares
+        if [part.degree for part in pair] != [1, 2] or len({part.dtype for part in pair}) > 1:
+            raise ValueError(
+                f"absolute={self.absolute!r} and squares={self.squares!r} are no pair; "
+                f"pass sums of |x| and of x², both of one compute dtype"
+            )
+
     @classmethod
     def of(
         cls, activations: Any, partial_sum: Callable[[Any, ActivityNorm], PartialSum | PairedSum]
@@ -427,6 +435,10 @@ class PairedSum:
 
     def __radd__(self, other: object) -> PairedSum:
         return self if other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        about = f"about {float(self.absolute)!r} and {float(self.squares)!r}"
+        return f"<PairedSum of |x| and |x|**2 for {self.dtype} penalties, {about}>"
 
     @property
     def dtype(self) -> np.dtype[Any]:

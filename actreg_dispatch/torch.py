@@ -29,7 +29,11 @@ from torch.autograd import forward_ad
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import array_type_of, usable
-from actreg_dispatch.regularization import ActivityRegularization, Penalties
+from actreg_dispatch.regularization import (
+    ActivityRegularization,
+    Penalties,
+    check_regularization,
+)
 from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.strength import check_scale, count_of
 
@@ -101,10 +105,7 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
     >>> loss.item(), activations.grad
     (1.5, tensor([ 0.5000, -0.5000,  0.0000]))
     """
-    if not isinstance(reg, ActivityRegularization):
-        raise TypeError(
-            f"reg={reg!r} is of type {type(reg).__name__}; pass an ActivityRegularization"
-        )
+    check_regularization(reg)
     _check_tensor("activations", activations)
     return _differentiable(_Penalty, reg, activations)
 
@@ -255,10 +256,7 @@ class ActivityRegularizer(torch.nn.Module):
 
     def __init__(self, reg: ActivityRegularization, *, scale: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(reg, ActivityRegularization):
-            raise TypeError(
-                f"reg={reg!r} is of type {type(reg).__name__}; pass an ActivityRegularization"
-            )
+        check_regularization(reg)
         self.reg = reg
         self.scale = scale
         self.penalty: torch.Tensor | None = None

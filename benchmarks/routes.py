@@ -7,6 +7,7 @@ work, and with the same expression in the library's own functions. L1, float32.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -118,14 +119,15 @@ def jax_gradient(size: int, folder: Path) -> Steps:
     }
 
 
-# In an order in which no library's threads wait beside those that do without it.
+# With the library that each needs; in an order in which no library's threads wait beside those that
+# do without it.
 ROUTES = {
-    f"`apply_all`, {LAYERS} layers / a loop of `apply`": many_layers,
-    "`.npy` in the page cache, `penalty`": file_penalty,
-    f"Dask, {CHUNKS} chunks, `penalty`": dask_penalty,
-    "PyTorch tensors, `apply`": torch_apply,
-    "PyTorch, `penalty` and `backward`": torch_backward,
-    "JAX, jitted `value_and_grad`": jax_gradient,
+    f"`apply_all`, {LAYERS} layers / a loop of `apply`": ("numpy", many_layers),
+    "`.npy` in the page cache, `penalty`": ("numpy", file_penalty),
+    f"Dask, {CHUNKS} chunks, `penalty`": ("dask", dask_penalty),
+    "PyTorch tensors, `apply`": ("torch", torch_apply),
+    "PyTorch, `penalty` and `backward`": ("torch", torch_backward),
+    "JAX, jitted `value_and_grad`": ("jax", jax_gradient),
 }
 
 
@@ -145,8 +147,8 @@ def main() -> None:
     print(f"| elements | {' | '.join(f'{size:,}' for size in options.sizes)} |")
     print(f"| --- {'| ---: ' * len(options.sizes)}|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, prepare in ROUTES.items():
-            if options.only not in name:
+        for name, (library, prepare) in ROUTES.items():
+            if options.only not in name or importlib.util.find_spec(library) is None:
                 continue
             print(f"| {name} ", end="", flush=True)
             for size in options.sizes:

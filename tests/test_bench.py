@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +236,18 @@ def test_what_is_missing_is_named_before_the_work(python, missing):
     assert done.returncode == 2
     assert f"the benchmark needs {missing}" in done.stderr
     assert "actreg-dispatch[bench]" in done.stderr
+
+
+def test_the_routes_are_compared_with_the_call_for_arrays(python):
+    script = str(Path(__file__).parents[1] / "benchmarks" / "routes.py")
+    done = python(script, "--sizes", "1000", "1_000_000", "--repeats", "1", "--only", "`")
+    head, rule, *rows = done.stdout.splitlines()
+    assert head == "| elements | 1,000 | 1,000,000 |"
+    assert rule == "| --- | ---: | ---: |"
+    assert [row.split("|")[1].split("`")[1] for row in rows[:2]] == ["apply_all", ".npy"]
+    for row in rows:
+        for cell in row.split("|")[2:-1]:
+            assert re.fullmatch(r" [\d.,e+]+ [µm]s; [\d.]+( / [\d.]+)? ", cell), cell
 
 
 # On a GPU.

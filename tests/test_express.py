@@ -186,6 +186,18 @@ def test_misaligned_arrays_are_left_to_the_reference(monkeypatch, dtype):
     assert (aligned == 1.5).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("size", [0, 1, LARGE, 300_001])
+def test_gradients_are_cleared_to_the_last_and_no_further(size, dtype):
+    whole = np.full(size + 2, np.nan, dtype)
+    numba_cpu.clear(whole[1:-1])
+    assert not whole[1:-1].any()
+    assert np.isnan(whole[[0, -1]]).all()
+    square = np.full((200, 200), np.nan, dtype)
+    numba_cpu.clear(square)
+    assert not square.any()
+
+
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_warming_up_leaves_nothing_to_compile(monkeypatch, norm):
     monkeypatch.setattr(compiling, "KERNELS", {})

@@ -839,6 +839,22 @@ def test_what_cannot_report_progress_is_refused_before_anything_is_written(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.npy", "x.npy"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.1, "x.npy", "g.npy"), "reg=0.1 is of type float; pass an ActivityRegularization"),
+        ((ActivityRegularization(1), None, "g.npy"), "activations are a NoneType; pass the path"),
+        ((ActivityRegularization(1), "x.npy", 3), "gradients are a int; pass the path"),
+    ],
+)
+def test_arguments_of_wrong_types_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        files.apply(*arguments)
+    if "gradients" not in message:
+        with pytest.raises(TypeError, match=re.escape(message)):
+            files.penalty(*arguments[:2])
+
+
 def test_the_bar_has_a_rate_on_a_terminal(tmp_path):
     (path,) = saved(tmp_path, x=values_of(900_000, np.float32))
     ours, theirs = pty.openpty()

@@ -447,7 +447,7 @@ def test_the_function_takes_jax_arrays_alone(wrong):
 
 
 def test_the_first_argument_is_a_regularization():
-    with pytest.raises(TypeError, match=r"reg=0\.1 is no ActivityRegularization; make one"):
+    with pytest.raises(TypeError, match=r"reg=0\.1 is of type float; pass an ActivityReg"):
         actreg_jax.penalty(0.1, jnp.ones(3))
 
 

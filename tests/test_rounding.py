@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actreg_dispatch import ActivityNorm, ActivityRegularization
+from actreg_dispatch import ActivityNorm, ActivityRegularization, PairedSum
 from actreg_dispatch.exact import exact_result, exact_sum
 from actreg_dispatch.rounding import merge_pairs, results_of, round_to, two_sum
 
@@ -92,6 +92,20 @@ def test_partial_sums_that_are_not_finite_compare_however_they_were_split():
 def test_a_partial_sum_is_shown_in_short():
     total = ActivityRegularization.l2(1.0).partial_sum(np.array([3.0, 4.0]))
     assert repr(total) == "<PartialSum of |x|**2 for float64 penalties, about 25.0>"
+    both = ActivityRegularization.l1_l2(1.0, 1.0).partial_sum(np.array([3.0, 4.0]))
+    shown = "<PairedSum of |x| and |x|**2 for float64 penalties, about 7.0 and 25.0>"
+    assert repr(both) == shown
+
+
+def test_a_pair_is_of_both_sums_and_of_one_dtype():
+    values = np.array([3.0, 4.0])
+    absolute = ActivityRegularization.l1(1.0).partial_sum(values)
+    squares = ActivityRegularization.l2(1.0).partial_sum(values)
+    narrow = ActivityRegularization.l2(1.0).partial_sum(values.astype(np.float32))
+    assert PairedSum(absolute, squares).dtype == np.float64
+    for pair in ((squares, absolute), (absolute, absolute), (absolute, narrow)):
+        with pytest.raises(ValueError, match=r"absolute=.* are no pair; pass sums of \|x\| and"):
+            PairedSum(*pair)
 
 
 def test_partial_sums_travel():

@@ -46,7 +46,7 @@ from actreg_dispatch.files.journal import Journal, journal_of, left_behind
 from actreg_dispatch.files.stores import FilesError, Region, Store, open_store
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import NUMPY
-from actreg_dispatch.regularization import ActivityRegularization, resolved
+from actreg_dispatch.regularization import ActivityRegularization, check_regularization, resolved
 from actreg_dispatch.rounding import (
     Outcome,
     compute_dtype,
@@ -140,6 +140,8 @@ def penalty(
     ------
     FilesError
         If the file is no such array.
+    TypeError
+        If ``reg`` is no regularization, ``activations`` no path, or ``progress`` no function.
     ValueError
         If ``lam`` is too large for the dtype.
     BackendError
@@ -158,7 +160,8 @@ def penalty(
     ...     float(penalty(ActivityRegularization.l1(0.5), path).penalty)
     2.0
     """
-    store = open_store("activations", Path(activations), dtype)
+    check_regularization(reg)
+    store = open_store("activations", _path("activations", activations), dtype)
     try:
         run = _Run(reg, store, 1.0, progress)
         return run.result(run.sum())
@@ -203,9 +206,11 @@ def apply(
     PartlyUpdatedError
         If something failed later on. Mend it, and call again with ``resume=True``.
     """
-    x = open_store("activations", Path(activations), dtype)
+    check_regularization(reg)
+    paths = _path("activations", activations), _path("gradients", gradients)
+    x = open_store("activations", paths[0], dtype)
     try:
-        g = open_store("gradients", Path(gradients), dtype, writes=True)
+        g = open_store("gradients", paths[1], dtype, writes=True)
     except BaseException:
         x.close()
         raise
@@ -214,6 +219,15 @@ def apply(
     finally:
         x.close()
         g.close()
+
+
+def _path(name: str, value: Any) -> Path:
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} are a {type(value).__name__}; pass the path of a .npy file or a Zarr store"
+        ) from None
 
 
 def _apply(
