@@ -402,15 +402,14 @@ class _Run:
         norm, call, quick_sum = self._reg.norm, self._call, self._quick_sum
         nothing = np.empty(0, self._store.dtype.newbyteorder("="))
         quick_total = () if quick_sum is None else quick_sum(nothing, norm)
-        total = self._reg.partial_sum(nothing)
+        pieces = []
 
         def quickly(x: Any, g: Any) -> None:
             nonlocal quick_total
             quick_total = merge_totals(quick_total, quick_sum(x, norm, g, call.strength))
 
         def exactly(x: Any, g: Any) -> None:
-            nonlocal total
-            total += self._reg.partial_sum(x)
+            pieces.append(self._reg.partial_sum(x))
             if g is not None:
                 self._add_gradient(x, g, 0.0)
 
@@ -422,6 +421,7 @@ class _Run:
                 return found
             step, updates = "exact sum", None
         self._walk(step, exactly, updates)
+        total = sum(pieces, self._reg.partial_sum(nothing))
         return total.outcome(norm, call.lam, call.epsilon)
 
     def update(self, updates: _Updates, divisor: float) -> None:
