@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.pages import ask_for_huge_pages
 from actreg_dispatch.registry import array_type_of, usable
 from actreg_dispatch.regularization import (
     ActivityRegularization,
@@ -174,7 +175,7 @@ def penalty_and_gradient(
     """Do :meth:`ActivityRegularization.penalty_and_gradient`; neither result requires grad."""
     if out is None:
         x = _plain("activations", activations)
-        gradient = torch.zeros_like(x)
+        gradient = _new(x).zero_()
         return _update(reg, x, gradient, scale), gradient
     x, g = _pair(activations, out, "out")
     with _where(x):
@@ -401,7 +402,7 @@ class _Gradient(_Regularizing):
         gradients: torch.Tensor | None,
     ) -> torch.Tensor:
         x = _plain("activations", activations)
-        updated = torch.zeros_like(x) if gradients is None else gradients.clone()
+        updated = _new(x).zero_() if gradients is None else _new(gradients).copy_(gradients)
         _update(reg, x, _plain("gradients", updated), float(scale))
         return updated
 
@@ -532,6 +533,15 @@ def _pair(
             f"move one of them, no data is moved unasked"
         )
     return x, g
+
+
+def _new(like: torch.Tensor) -> torch.Tensor:
+    """Return a tensor such as ``like``, whose values are still to come."""
+    new = torch.empty_like(like)
+    plain = _plain("gradients", new)
+    if plain.is_cpu:
+        ask_for_huge_pages(plain.data_ptr(), plain.untyped_storage().nbytes())
+    return new
 
 
 def _plain(name: str, tensor: Any) -> torch.Tensor:

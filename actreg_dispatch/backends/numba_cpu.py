@@ -41,6 +41,7 @@ from actreg_dispatch.backends.numba_rows import (
 )
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.pages import ask_for_huge_pages
 from actreg_dispatch.rounding import (
     COMPUTE_DTYPES,
     FLOAT32,
@@ -130,11 +131,8 @@ def add_gradient(
 
 
 def clear(gradients: np.ndarray[Any, Any]) -> None:
-    """Fill contiguous gradients with zeros, by all threads if they are large.
-
-    If their memory is new, the system makes each page when it is first written, which takes far
-    longer than the zeros.
-    """
+    """Fill contiguous gradients, whose memory is new, with zeros; by all threads if it is large."""
+    ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
     if gradients.size < PARALLEL_FROM or not may_use_threads():
         gradients[...] = 0
     else:
