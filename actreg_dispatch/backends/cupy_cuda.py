@@ -218,14 +218,12 @@ def is_available() -> bool:
 
 def partial_sum(activations: cupy.ndarray, norm: ActivityNorm) -> PartialSum | PairedSum:
     """Return the sum, or the two sums, that ``norm`` takes, exactly; waits for the device."""
-    if norm is ActivityNorm.L1_L2_SQUARED:
-        return PairedSum.of(activations, partial_sum)
-    degree, dtype = degree_of(norm), COMPUTE_DTYPES[activations.dtype]
+    dtype = COMPUTE_DTYPES[activations.dtype]
     with activations.device:
-        *digits, infinities, nans = _digits(_SUMS[norm], 0.0, activations).get().tolist()
-    special = float("nan") if nans else float("inf") if infinities else 0.0
-    units = sum(digit << _DIGIT_BITS * place for place, digit in enumerate(digits))
-    return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)
+        rows = _digits(_SUMS[norm], 0.0, activations).get().reshape(-1, PLACES + 2).tolist()
+    if norm is ActivityNorm.L1_L2_SQUARED:
+        return PairedSum(_sum_of(rows[0], 1, dtype), _sum_of(rows[1], 2, dtype))
+    return _sum_of(rows[0], degree_of(norm), dtype)
 
 
 def penalty(activations: cupy.ndarray, norm: ActivityNorm, lam: Any) -> cupy.ndarray:
@@ -288,6 +286,14 @@ def _digits(kernel: cupy.ElementwiseKernel, strength: Any, *arrays: cupy.ndarray
     digits = cupy.zeros(sums * (PLACES + 2), np.int64)
     _launch(kernel, strength, digits, arrays=arrays)
     return digits
+
+
+def _sum_of(row: list[int], degree: int, dtype: np.dtype[Any]) -> PartialSum:
+    """Return what one row of :func:`_digits` stands for."""
+    *digits, infinities, nans = row
+    special = float("nan") if nans else float("inf") if infinities else 0.0
+    units = sum(digit << _DIGIT_BITS * place for place, digit in enumerate(digits))
+    return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)
 
 
 def _launch(
