@@ -427,13 +427,13 @@ def _callback(
         x = np.broadcast_to(x, batch + shape)
         scale = np.broadcast_to(scale, batch)
         with kept():
+            if with_gradient:
+                clear(out[1])
             for index in np.ndindex(batch):
                 example = (*index, ...)
                 if with_gradient:
-                    gradient = out[1][example]
-                    clear(gradient)
                     number = float(scale[index])
-                    out[0][index] = reg.apply(x[example], gradient, scale=number)
+                    out[0][index] = reg.apply(x[example], out[1][example], scale=number)
                 else:
                     out[0][index] = reg.penalty(x[example])
 

@@ -615,6 +615,8 @@ class ActivityRegularization:
         (3.5, 2.0, array([0.5]))
         """
         names, xs, gs = _layers(activations, gradients)
+        if scale is not UNSCALED:
+            scale = check_scale(scale)
         labels = list(range(len(xs))) if names is None else names
         library = library_of(xs[0]) if xs else None
         if library is not None:
@@ -635,8 +637,6 @@ class ActivityRegularization:
         express_all = getattr(backend, "express_all", None)
         if target != NUMPY or express_all is None:
             return None
-        if scale is not UNSCALED:
-            scale = check_scale(scale)
         penalties = express_all(xs, gs, self._norm, self._lam, scale, self._reduction, self._floor)
         if penalties is None:
             return None
@@ -657,15 +657,15 @@ class ActivityRegularization:
         """Check all layers, then do one after the other; return the total, too."""
         kinds, pairs, arrays, constants, choices = set(), [], [], [], []
         for label, x, g in zip(labels, xs, gs, strict=True):
-            kind, x = check_activations(x, f"activations[{label!r}]")
-            g = check_gradients(x, g, kind, f"gradients[{label!r}]")
-            constants.append(self._constants(x, scale))
+            name, written = f"activations[{label!r}]", f"gradients[{label!r}]"
+            kind, x = check_activations(x, name)
+            g = check_gradients(x, g, kind, written, name)
+            constants.append(self._constants(x, scale, name))
             choices.append(self._choose(kind, x, g))
             kinds.add(kind)
             pairs.append((kind, x, g))
             if kind in (NUMPY, CUPY):
-                arrays.append((f"activations[{label!r}]", x, False))
-                arrays.append((f"gradients[{label!r}]", g, True))
+                arrays += [(name, x, False), (written, g, True)]
         if len(kinds) > 1:
             raise MixedArraysError(
                 f"activations are of several libraries ({', '.join(sorted(kinds))}); "
@@ -694,11 +694,13 @@ class ActivityRegularization:
         """Do :meth:`apply` for checked arrays, to zero gradients if they are to be overwritten."""
         lam, strength, epsilon = self._constants(activations, scale)
         backend, target = self._choose(kind, activations, gradients)
-        if overwrite:
-            gradients[...] = 0
         if target == kind:
+            if overwrite:
+                gradients[...] = 0
             return backend.apply(activations, gradients, self._norm, lam, strength, epsilon)
         moved, x = move(gradients, kind, target), move(activations, kind, target)
+        if overwrite:
+            moved[...] = 0
         result = backend.apply(x, moved, self._norm, lam, strength, epsilon)
         write_back(moved, target, gradients, kind)
         return _returned(result, target, activations, kind)
@@ -759,9 +761,11 @@ class ActivityRegularization:
             return None
         return express(self._norm, dtype, size, writes=writes)  # type: ignore[no-any-return]
 
-    def _constants(self, activations: Any, scale: float = UNSCALED) -> Constants:
-        count = count_of(self._reduction, activations.shape)
-        return constants_of(self, activations.dtype, count, scale)
+    def _constants(
+        self, activations: Any, scale: float = UNSCALED, name: str = "activations"
+    ) -> Constants:
+        count = count_of(self._reduction, activations.shape, name)
+        return constants_of(self, activations.dtype, count, scale, name)
 
     def _choose(self, kind: str, *arrays: Any) -> tuple[Backend, str]:
         aligned = kind != NUMPY or all(array.flags.aligned for array in arrays)
@@ -873,17 +877,22 @@ def _layers(
             )
         names = list(activations)
         return names, tuple(activations[n] for n in names), tuple(gradients[n] for n in names)
+    if isinstance(activations, Mapping) or isinstance(gradients, Mapping):
+        raise TypeError(
+            f"activations are a {type(activations).__name__} but gradients are a "
+            f"{type(gradients).__name__}; pass two lists of arrays, or two dicts by name"
+        )
     for name, layers in (("activations", activations), ("gradients", gradients)):
         if not isinstance(layers, (list, tuple)):
             raise TypeError(
                 f"{name} are a {type(layers).__name__}; pass lists of arrays, or dicts by name"
             )
-    if len(activations) != len(gradients):
+    xs, gs = tuple(activations), tuple(gradients)  # which no other thread can change
+    if len(xs) != len(gs):
         raise ValueError(
-            f"gradients has {len(gradients)} layers but activations has {len(activations)}; "
-            f"pass one for each"
+            f"gradients has {len(gs)} layers but activations has {len(xs)}; pass one for each"
         )
-    return None, tuple(activations), tuple(gradients)
+    return None, xs, gs
 
 
 def _total(layers: list[Any], backend: Backend | None) -> Any:

@@ -410,6 +410,11 @@ class PairedSum:
 
     def __post_init__(self) -> None:
         pair = self.absolute, self.squares
+        if not all(isinstance(part, PartialSum) for part in pair):
+            raise TypeError(
+                f"absolute={self.absolute!r} and squares={self.squares!r} are not both a "
+                f"PartialSum; pass sums such as partial_sum returns"
+            )
         if [part.degree for part in pair] != [1, 2] or len({part.dtype for part in pair}) > 1:
             raise ValueError(
                 f"absolute={self.absolute!r} and squares={self.squares!r} are no pair; "

@@ -40,8 +40,8 @@ class Constants(NamedTuple):
     epsilon: float
 
 
-def count_of(reduction: str, shape: tuple[int, ...]) -> int:
-    """Return what λ is divided by for activations of ``shape``.
+def count_of(reduction: str, shape: tuple[int, ...], name: str = "activations") -> int:
+    """Return what λ is divided by for activations of ``shape``, which errors call ``name``.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def count_of(reduction: str, shape: tuple[int, ...]) -> int:
     if reduction == "mean":
         return max(1, math.prod(map(int, shape)))
     if not shape:
-        raise ValueError("activations have no axes, so no batch to divide by; use reduction='sum'")
+        raise ValueError(f"{name} have no axes, so no batch to divide by; use reduction='sum'")
     return max(1, int(shape[0]))
 
 
@@ -97,7 +97,11 @@ def strengths_of(lam: Any, count: int, scale: float) -> tuple[Any, Any]:
 
 
 def constants_of(
-    reg: ActivityRegularization, dtype: np.dtype[Any], count: int, scale: float = UNSCALED
+    reg: ActivityRegularization,
+    dtype: np.dtype[Any],
+    count: int,
+    scale: float = UNSCALED,
+    name: str = "activations",
 ) -> Constants:
     """Return what a backend is told for activations of ``dtype``, of which there are ``count``.
 
@@ -113,7 +117,7 @@ def constants_of(
     wide, wide_strength = strengths_of(reg.lam, count, scale)
     lam = _rounded(wide, compute)
     if (max(lam[0] / 2, lam[1]) if isinstance(lam, tuple) else lam) > largest:
-        raise ValueError(f"lam={reg.lam!r} is too large for {dtype} activations; lower it")
+        raise ValueError(f"lam={reg.lam!r} is too large for {dtype} {name}; lower it")
     strength = lam if scale is UNSCALED else _rounded(wide_strength, compute)
     return Constants(lam, strength, epsilon if reg.epsilon is None else reg.epsilon)
 

@@ -124,10 +124,16 @@ def check_activations(activations: Any, name: str = "activations") -> tuple[str,
     return _checked(name, activations)
 
 
-def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gradients") -> Any:
+def check_gradients(
+    activations: Any,
+    gradients: Any,
+    kind: str,
+    name: str = "gradients",
+    beside: str = "activations",
+) -> Any:
     """Return ``gradients`` as a plain array to which the gradient can be added.
 
-    ``kind`` and ``activations`` are what :func:`check_activations` returned.
+    ``kind`` and ``activations``, named ``beside``, are what :func:`check_activations` returned.
 
     Raises
     ------
@@ -140,23 +146,23 @@ def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gr
     other = array_type_of(type(gradients))
     if other not in (None, kind):
         raise MixedArraysError(
-            f"activations are a {kind} but {name} are a {other}; move one of them, "
+            f"{beside} are a {kind} but {name} are a {other}; move one of them, "
             f"no data is moved unasked"
         )
     _, gradients = _checked(name, gradients)
     if activations.dtype != gradients.dtype:
         raise TypeError(
-            f"{name} have dtype {gradients.dtype} but activations have {activations.dtype}; "
-            f"give both one dtype, for example with {name}.astype(activations.dtype)"
+            f"{name} have dtype {gradients.dtype} but {beside} have {activations.dtype}; "
+            f"give both one dtype, for example with {name}.astype({beside}.dtype)"
         )
     if activations.shape != gradients.shape:
         raise ValueError(
-            f"{name} have shape {gradients.shape} but activations have {activations.shape}; "
+            f"{name} have shape {gradients.shape} but {beside} have {activations.shape}; "
             f"shapes must be equal, nothing is broadcast"
         )
     if kind == CUPY and activations.device != gradients.device:
         raise ValueError(
-            f"{name} are on {gradients.device} but activations on {activations.device}; "
+            f"{name} are on {gradients.device} but {beside} on {activations.device}; "
             f"move one of them, no data is moved unasked"
         )
     if not getattr(getattr(gradients, "flags", None), "writeable", True):
@@ -171,7 +177,7 @@ def check_gradients(activations: Any, gradients: Any, kind: str, name: str = "gr
         )
     if _share_memory(_described(activations), write):
         raise ValueError(
-            f"{name} share memory with activations; the update would change its own input: "
+            f"{name} share memory with {beside}; the update would change its own input: "
             f"pass a copy of one of them"
         )
     return gradients

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import actreg_dispatch
-from actreg_dispatch.backends import compiling
 
 CODE = """
 import json
@@ -89,11 +88,27 @@ def test_processes_may_fill_the_cache_at_once(tmp_path):
     assert [json.loads(text)[0] for text in printed] == [5.0] * 4
 
 
-def test_new_arithmetic_is_a_new_entry(monkeypatch):
-    before = compiling.code_edition()
-    assert compiling.code_edition() == before
-    monkeypatch.setattr(compiling.inspect, "getsource", lambda module: "other arithmetic")
-    assert compiling.code_edition() != before
+@pytest.mark.parametrize("file", ["rounding.py", "backends/numba_rows.py"])
+def test_new_arithmetic_is_a_new_entry(python, tmp_path, file):
+    """Also where a process compiles the old one after it has been edited."""
+    package = Path(actreg_dispatch.__file__).parent
+    copy = tmp_path / "copy" / package.name
+    shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    edit = f"""
+import actreg_dispatch.backends.numba_cpu
+with open({str(copy / file)!r}, "a") as edited:
+    edited.write("# edited")
+"""
+    options = {
+        "PYTHONPATH": str(copy.parent),
+        "PYTHONSAFEPATH": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        "ACTREG_CACHE": "1",
+    }
+    codes = [edit + CODE, CODE, CODE]
+    found = [json.loads(python("-c", code, **options).stdout) for code in codes]
+    assert [hits for _, hits, _ in found] == [0, 0, 1]
+    assert all(Path(file).is_relative_to(copy) for _, _, file in found)
 
 
 def test_options_that_change_the_code_are_a_new_entry(python, tmp_path):

@@ -235,7 +235,7 @@ def test_a_compiler_that_fails_at_any_stage(monkeypatch, norm, layout, stage):
 
 @pytest.mark.parametrize("stage", ["there", "compute", "back"])
 def test_a_move_that_fails_at_any_stage(cupy, monkeypatch, stage):
-    g = np.zeros((3, 4))[:, ::2]
+    g, out = np.zeros((3, 4))[:, ::2], np.full((3, 2), 7.0)
 
     def fail(*_, **__):
         raise MemoryError("the device is full")
@@ -246,9 +246,13 @@ def test_a_move_that_fails_at_any_stage(cupy, monkeypatch, stage):
         monkeypatch.setattr(cupy, "zeros", fail)
     else:
         monkeypatch.setattr(cupy, "asnumpy", fail)
+    reg = ActivityRegularization(0.5, backend="cupy")
     with pytest.raises(MemoryError):
-        ActivityRegularization(0.5, backend="cupy").apply(np.ones((3, 2)), g)
+        reg.apply(np.ones((3, 2)), g)
+    with pytest.raises(MemoryError):
+        reg.penalty_and_gradient(np.ones((3, 2)), out=out)
     assert (g == 0).all()
+    assert (out == 7).all()
 
 
 # Nothing stays behind.

@@ -106,6 +106,8 @@ def test_a_pair_is_of_both_sums_and_of_one_dtype():
     for pair in ((squares, absolute), (absolute, absolute), (absolute, narrow)):
         with pytest.raises(ValueError, match=r"absolute=.* are no pair; pass sums of \|x\| and"):
             PairedSum(*pair)
+    with pytest.raises(TypeError, match="not both a PartialSum; pass sums such as partial_sum"):
+        PairedSum(absolute, 2)
 
 
 def test_partial_sums_travel():

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import threading
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 
 from actreg_dispatch import rounding
-from actreg_dispatch.backends import numba_rows
 from actreg_dispatch.threads import interrupts_wait, lock_over_fork
 
 __all__ = ["COMPILING", "KERNELS", "code_edition", "compile_kernel", "kernel_of"]
@@ -24,6 +23,17 @@ if _CACHING is None:
         f"the environment variable ACTREG_CACHE={os.environ['ACTREG_CACHE']!r} must be 0 or 1"
     )
 
+
+def _sources() -> int:
+    """Return a number for the code that kernels are made of."""
+    files = [Path(rounding.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    try:
+        return zlib.crc32(b"".join(file.read_bytes() for file in files))
+    except OSError:  # then there is no cache either
+        return 0
+
+
+_SOURCES = _sources()  # now: what is edited later is not what this process compiles
 _NOT_IN_THE_CODE = {"NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS", "NUMBA_THREADING_LAYER"}
 
 KERNELS: dict[tuple[Any, ...], Any] = {}
@@ -61,18 +71,14 @@ def compile_kernel(kernel: Any, signature: Any, parallel: bool = False, **option
 def code_edition() -> int:
     """Return a number for what else the code of a kernel depends on.
 
-    That is the pieces that it is made of, the arithmetic of :mod:`~actreg_dispatch.rounding` and
+    That is the files of kernels and their pieces, that of :mod:`~actreg_dispatch.rounding`, and
     Numba's environment variables, such as ``NUMBA_BOUNDSCHECK``. Kernels close over the number,
     which makes it part of the key of Numba's cache; Numba itself notices only that the file of the
     kernel has changed.
     """
-    try:
-        sources = "".join(map(inspect.getsource, (rounding, numba_rows)))
-    except OSError:  # then there is no cache either
-        sources = ""
     options = sorted(
         f"{name}={value}"
         for name, value in os.environ.items()
         if name.startswith("NUMBA_") and name not in _NOT_IN_THE_CODE
     )
-    return zlib.crc32("\n".join([sources, *options]).encode())
+    return zlib.crc32("\n".join(options).encode(), _SOURCES)

@@ -75,7 +75,7 @@ def express_all(
     """
     layers = len(activations)
     dtype = activations[0].dtype
-    if not _LAYOUT_IS_KNOWN or dtype not in NATIVE_DTYPES:
+    if not _LAYOUT_IS_KNOWN or dtype not in NATIVE_DTYPES or len(gradients) != layers:
         return None
     table = np.empty((layers, 4), np.int64)
     tuples, kinds = (id(activations), id(gradients)), (id(np.ndarray), id(dtype))
@@ -89,8 +89,8 @@ def express_all(
         column = 2 if reduction == "mean" else 3
         counts = np.maximum(counts, table[:, column : column + 1])
     compute = COMPUTE_DTYPES[dtype].type
-    wide = np.reshape(lam, (1, -1)) / counts
     with np.errstate(all="ignore"):
+        wide = np.reshape(lam, (1, -1)) / counts
         lams, strengths = (a.astype(compute).astype(float) for a in (wide, wide * scale))
     limited = np.maximum(lams[:, 0] / 2, lams[:, 1]) if lams.shape[1] == 2 else lams
     if not limited.max() <= largest_lam(norm, COMPUTE_DTYPES[dtype]):
@@ -116,8 +116,9 @@ def _load(typingctx, address):  # type: ignore[no-untyped-def]
 def _inspector() -> Any:
     """Compile the function that fills the table and returns the number of elements of all layers.
 
-    It returns -1 where an array is not plain or gradients share memory with anything. It holds the
-    interpreter's lock, so that no thread changes an array meanwhile.
+    It takes the addresses of two tuples, each of as many items as the table has rows. It returns -1
+    where an array is not plain or gradients share memory with anything. It holds the interpreter's
+    lock, so that no thread changes an array meanwhile.
     """
     edition = code_edition()
 

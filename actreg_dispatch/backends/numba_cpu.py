@@ -131,12 +131,15 @@ def add_gradient(
 
 
 def clear(gradients: np.ndarray[Any, Any]) -> None:
-    """Fill contiguous gradients, whose memory is new, with zeros; by all threads if it is large."""
-    ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
-    if gradients.size < PARALLEL_FROM or not may_use_threads():
+    """Fill contiguous gradients with zeros, large ones by all threads; best if they are new."""
+    if gradients.size < PARALLEL_FROM:
         gradients[...] = 0
-    else:
+        return
+    ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
+    if may_use_threads():
         kernel_of(_clearing)(gradients.reshape(-1).view(np.uint8))
+    else:
+        gradients[...] = 0
 
 
 def express(
@@ -339,8 +342,10 @@ def _tally(degree: int, dtype: np.dtype[Any]) -> Any:
 
 def _clearing() -> Any:
     """Compile what fills bytes with zeros in parallel."""
+    edition = code_edition()
 
     def kernel(g):  # type: ignore[no-untyped-def]
+        _ = edition
         for b in numba.prange(-(-g.size // _PAGES)):
             g[b * _PAGES : (b + 1) * _PAGES] = 0
 
