@@ -158,7 +158,7 @@ def main() -> None:
                     statistics.median(a / b for a, b in zip(own, other, strict=True))
                     for other in times.values()
                 )
-                cell = " / ".join(f"{ratio:.2f}" for ratio in ratios)
+                cell = " / ".join(f"{ratio:,.{2 if ratio < 10 else 0}f}" for ratio in ratios)
                 print(f"| {seconds(statistics.median(own))}; {cell} ", end="", flush=True)
             print("|")
 

@@ -247,7 +247,7 @@ def test_the_routes_are_compared_with_the_call_for_arrays(python):
     assert [row.split("|")[1].split("`")[1] for row in rows[:2]] == ["apply_all", ".npy"]
     for row in rows:
         for cell in row.split("|")[2:-1]:
-            assert re.fullmatch(r" [\d.,e+]+ [µm]s; [\d.]+( / [\d.]+)? ", cell), cell
+            assert re.fullmatch(r" [\d.,e+]+ [µm]s; [\d.,]+( / [\d.,]+)? ", cell), cell
 
 
 # On a GPU.
