@@ -11,9 +11,10 @@ import mmap
 import os
 from typing import Any
 
-__all__ = ["ask_for_huge_pages"]
+__all__ = ["FROM_BYTES", "ask_for_huge_pages"]
 
-_WORTH_IT = 4 << 20  # bytes, from which on NumPy asks for them, too
+FROM_BYTES = 4 << 20
+"""The size from which on NumPy asks for them, too."""
 
 
 def ask_for_huge_pages(address: int, size: int) -> None:
@@ -22,7 +23,7 @@ def ask_for_huge_pages(address: int, size: int) -> None:
     It is a hint: it changes no byte, and a system that does not know it leaves all as it is.
     ``NUMPY_MADVISE_HUGEPAGE=0`` switches it off, as it does NumPy's own.
     """
-    if size < _WORTH_IT or _ADVISE is None or os.environ.get("NUMPY_MADVISE_HUGEPAGE") == "0":
+    if size < FROM_BYTES or _ADVISE is None or os.environ.get("NUMPY_MADVISE_HUGEPAGE") == "0":
         return
     start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
     end = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.pages import ask_for_huge_pages
+from actreg_dispatch.pages import FROM_BYTES, ask_for_huge_pages
 from actreg_dispatch.registry import array_type_of, usable
 from actreg_dispatch.regularization import (
     ActivityRegularization,
@@ -538,8 +538,8 @@ def _pair(
 def _new(like: torch.Tensor) -> torch.Tensor:
     """Return a tensor such as ``like``, whose values are still to come."""
     new = torch.empty_like(like)
-    plain = _plain("gradients", new)
-    if plain.is_cpu:
+    if new.is_cpu and new.nbytes >= FROM_BYTES:
+        plain = _plain("gradients", new)
         ask_for_huge_pages(plain.data_ptr(), plain.untyped_storage().nbytes())
     return new
 

@@ -37,6 +37,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -401,28 +402,28 @@ class _Run:
         """Sum the activations, and update the gradients of a norm other than L2 on the way."""
         norm, call, quick_sum = self._reg.norm, self._call, self._quick_sum
         nothing = np.empty(0, self._store.dtype.newbyteorder("="))
-        quick_total = () if quick_sum is None else quick_sum(nothing, norm)
-        pieces = []
+        totals: list[Any] = []
 
         def quickly(x: Any, g: Any) -> None:
-            nonlocal quick_total
-            quick_total = merge_totals(quick_total, quick_sum(x, norm, g, call.strength))
+            totals.append(quick_sum(x, norm, g, call.strength))
 
         def exactly(x: Any, g: Any) -> None:
-            pieces.append(self._reg.partial_sum(x))
+            totals.append(self._reg.partial_sum(x))
             if g is not None:
                 self._add_gradient(x, g, 0.0)
 
         step = "sum" if updates is None else "update"
         if quick_sum is not None:
             self._walk(step, quickly, updates)
-            found = decided(quick_total, self._size, self._compute, norm, call.lam, call.epsilon)
+            total = reduce(merge_totals, totals or [quick_sum(nothing, norm)])
+            found = decided(total, self._size, self._compute, norm, call.lam, call.epsilon)
             if found is not None:
                 return found
+            totals.clear()
             step, updates = "exact sum", None
         self._walk(step, exactly, updates)
-        total = sum(pieces, self._reg.partial_sum(nothing))
-        return total.outcome(norm, call.lam, call.epsilon)
+        exact = sum(totals, self._reg.partial_sum(nothing))
+        return exact.outcome(norm, call.lam, call.epsilon)
 
     def update(self, updates: _Updates, divisor: float) -> None:
         """Add the gradient, whose sum is known."""

@@ -35,7 +35,7 @@ __all__ = [
 Array = np.ndarray[Any, Any]
 Region = tuple[slice, ...]
 
-_HEADER = 1 << 16  # bytes; NumPy itself refuses headers of more than 10,000 characters
+_HEADERS = 1 << 12, 1 << 16  # bytes; NumPy refuses headers of more than 10,000 characters
 _NPY = b"\x93NUMPY"
 
 
@@ -142,7 +142,9 @@ class NpyFile:
         self._file: Any = path.open("r+b" if writes else "rb", buffering=0)
         try:
             self._size = os.fstat(self._file.fileno()).st_size
-            start = read_fully(self._file, 0, min(_HEADER, self._size)).tobytes()
+            start = read_fully(self._file, 0, min(_HEADERS[0], self._size)).tobytes()
+            if int.from_bytes(start[8:10], "little") >= _HEADERS[0] - 12:  # or a part of it
+                start = read_fully(self._file, 0, min(_HEADERS[1], self._size)).tobytes()
             self.shape, fortran, stored, self._offset = _header(name, path, start)
             self.dtype = _element(name, path, stored, dtype)
             axes = sum(length > 1 for length in self.shape)
@@ -213,7 +215,8 @@ def _header(name: str, path: Path, start: bytes) -> tuple[Any, bool, np.dtype[An
         shape, fortran, dtype = (one if version == (1, 0) else two)(stream)
         if min(shape, default=0) < 0:
             raise ValueError(f"its shape {shape} is negative")
-        np.broadcast_to(np.empty((), dtype), shape)  # too many axes, or more bytes than 2⁶³
+        if len(shape) > 32 or math.prod(n or 1 for n in shape) * dtype.itemsize >= 1 << 63:
+            np.broadcast_to(np.empty((), dtype), shape)  # which complains
     except Exception as error:  # whatever the parser makes of arbitrary bytes
         reason = str(error).partition("\n")[0]
         raise FilesError(f"{name} {path} have a broken .npy header: {reason}") from None
