@@ -764,7 +764,9 @@ class ActivityRegularization:
     def _constants(
         self, activations: Any, scale: float = UNSCALED, name: str = "activations"
     ) -> Constants:
-        count = count_of(self._reduction, activations.shape, name)
+        # Arrays of other libraries need not have a shape, as long as nothing is divided by it.
+        divides = self._reduction != "sum"
+        count = count_of(self._reduction, activations.shape, name) if divides else 1
         return constants_of(self, activations.dtype, count, scale, name)
 
     def _choose(self, kind: str, *arrays: Any) -> tuple[Backend, str]:
