@@ -245,6 +245,7 @@ from actreg_dispatch.__main__ import main
 folder, files.BLOCK_BYTES, files.WINDOW_BYTES = sys.argv[1], 16 * 2**20, 64 * 2**20
 reg = {norm: ActivityRegularization(0.5, norm) for norm in ("l1", "l2", "l2_squared")}
 for norm in reg:  # imports, compiles, starts threads
+    files.penalty(reg[norm], folder + "/small.npy")
     files.apply(reg[norm], folder + "/small.npy", folder + "/copy.npy")
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + 80 * 2**20
