@@ -5,6 +5,7 @@ What may end or hang a process runs in one of its own, on every threading layer 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def script(request, python, tmp_path):
     return run
 
 
-@pytest.mark.skipif(not hasattr(sys, "getdlopenflags"), reason="no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_computes(script):
     code = """
 expected = result()
