@@ -191,10 +191,11 @@ def test_all_versions_of_the_format(tmp_path, version):
 
 
 @norms
-def test_data_at_odd_places_and_what_follows_it(tmp_path, norm):
+@pytest.mark.parametrize("paddings", [(3, 6), (5_003, 9_906)], ids=["short", "long"])
+def test_data_at_odd_places_and_what_follows_it(tmp_path, norm, paddings):
     x, g = values_of(700, np.float64, 1), values_of(700, np.float64, 2)
     paths = [tmp_path / "x.npy", tmp_path / "g.npy"]
-    for path, values, padding in zip(paths, (x, g), (3, 6), strict=True):
+    for path, values, padding in zip(paths, (x, g), paddings, strict=True):
         header = repr({"descr": "<f8", "fortran_order": False, "shape": (700,)}).encode()
         header += b" " * padding + b"\n"
         start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
@@ -323,6 +324,10 @@ BROKEN = {
     "version": (b"\x93NUMPY\x09\x00" + bytes(90), "format (9, 0) is unknown"),
     "header cut off": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{", "broken .npy header"),
     "no literal": (_with_header("{'descr': __import__('os')}"), "broken .npy header"),
+    "too long a header": (
+        _with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (9,)}" + " " * 20_000),
+        "broken .npy header",
+    ),
     "negative": (
         _with_header("{'descr': '<f4', 'fortran_order': False, 'shape': (-2,)}"),
         "is negative",
@@ -578,6 +583,7 @@ def test_a_journal_keeps_another_update_away(interrupted):
     before = interrupted[1].read_bytes()
     link = interrupted[1].with_name("link.npy")
     link.symlink_to(interrupted[1])
+    assert files.journal_of(str(link)) == files.journal_of(interrupted[1])
     for gradients in (interrupted[1], link):
         with pytest.raises(files.FilesError, match="go on with it by the same command and --res"):
             files.apply(ActivityRegularization.l1(0.5), interrupted[0], gradients)
@@ -845,6 +851,7 @@ def test_what_cannot_report_progress_is_refused_before_anything_is_written(tmp_p
     [
         ((0.1, "x.npy", "g.npy"), "reg=0.1 is of type float; pass an ActivityRegularization"),
         ((ActivityRegularization(1), None, "g.npy"), "activations are a NoneType; pass the path"),
+        ((ActivityRegularization(1), b"x.npy", "g.npy"), "activations are a bytes; pass the path"),
         ((ActivityRegularization(1), "x.npy", 3), "gradients are a int; pass the path"),
     ],
 )

@@ -222,13 +222,13 @@ def apply(
         g.close()
 
 
-def _path(name: str, value: Any) -> Path:
-    try:
-        return Path(value)
-    except TypeError:
+def _path(name: str, value: Any) -> str:
+    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(path, str):
         raise TypeError(
             f"{name} are a {type(value).__name__}; pass the path of a .npy file or a Zarr store"
-        ) from None
+        )
+    return path
 
 
 def _apply(
@@ -279,7 +279,7 @@ def _apply(
 
 def _check_pair(x: Store, g: Store) -> None:
     """Refuse two files that do not belong together."""
-    if x.path.samefile(g.path):
+    if Path(x.path).samefile(g.path):
         raise FilesError(
             f"activations {x.path} and gradients {g.path} are one file; the update would change "
             f"its own input: pass a copy of one of them"
@@ -438,7 +438,7 @@ class _Run:
         """Return what was found, once all is done."""
         return Result(
             self._compute.type(found.penalty),
-            self._store.dtype.name,
+            self._store.dtype.type.__name__,
             self._store.shape,
             self._size,
             self._call.backend.name,

@@ -34,9 +34,9 @@ _PAGE = 4096
 _FORMAT = "actreg-journal 1"
 
 
-def journal_of(gradients: Path) -> Path:
+def journal_of(gradients: str | os.PathLike[str]) -> Path:
     """Return where the journal of ``gradients`` lies while they are partly updated."""
-    real = gradients.resolve()  # or a symbolic link would hide it
+    real = Path(gradients).resolve()  # or a symbolic link would hide it
     return real.with_name(real.name + ".actreg-journal")
 
 
