@@ -103,6 +103,8 @@ def open_store(name: str, path: str, dtype: str | None, *, writes: bool = False)
 
 def _element(name: str, path: str, stored: np.dtype[Any], asked: str | None) -> np.dtype[Any]:
     """Return the dtype of the elements, or refuse."""
+    if asked is None and compute_dtype(stored) is not None:
+        return stored
     if stored.hasobject:
         raise FilesError(f"{name} {path} hold pickled Python objects, which are never loaded")
     plain_bytes = stored.str[1:] == "V2" and stored.names is None and stored.subdtype is None
@@ -120,12 +122,10 @@ def _element(name: str, path: str, stored: np.dtype[Any], asked: str | None) -> 
             ) from None
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    if compute_dtype(stored) is None:
+    remedy = "convert them to float16, float32 or float64"
+    if plain_bytes:
         remedy = "pass dtype='bfloat16' (--dtype bfloat16) if that is what they are"
-        if not plain_bytes:
-            remedy = "convert them to float16, float32 or float64"
-        raise FilesError(f"{name} {path} have dtype {stored}; {remedy}")
-    return stored
+    raise FilesError(f"{name} {path} have dtype {stored}; {remedy}")
 
 
 def _native(values: Array) -> Array:
