@@ -38,7 +38,7 @@ Region = tuple[slice, ...]
 
 _NPY = b"\x93NUMPY"
 _START = 1 << 12  # bytes that are read to find the header
-_LONGEST = 1 << 16  # bytes of a header; NumPy refuses more than 10,000 characters
+_LONGEST = 1 << 16  # bytes of a header that are read; NumPy refuses more than 10,000 characters
 
 
 class FilesError(ValueError):
@@ -195,13 +195,13 @@ class NpyFile:
 
     def _header(self, name: str) -> tuple[Any, bool, np.dtype[Any], int]:
         """Return what the file says of itself: see :func:`_parsed`."""
-        start = read_fully(self._file, 0, min(_START, self._size)).tobytes()
+        start = self._file.read(_START)
         if start[: len(_NPY)] != _NPY:
             raise FilesError(f"{name} {self.path} are no .npy file; write them with numpy.save")
         digits = 2 if start[6:7] == b"\1" else 4  # bytes of the length of what comes after it
         end = 8 + digits + int.from_bytes(start[8 : 8 + digits], "little")
         if end > len(start):
-            start = read_fully(self._file, 0, min(end, _LONGEST, self._size)).tobytes()
+            start += self._file.read(min(end, _LONGEST) - len(start))
         try:
             return _parsed(start[:end])
         except Exception as error:  # whatever the parser makes of arbitrary bytes
