@@ -433,7 +433,7 @@ def test_read_only_and_missing_files_are_refused(tmp_path):
     with pytest.raises(files.FilesError, match="are read-only; make them writable"):
         files.apply(reg, *paths)
     assert_untouched(paths, before)
-    with pytest.raises(files.FilesError, match="does not exist; name a"):
+    with pytest.raises(files.FilesError, match="do not exist; name a"):
         files.penalty(reg, tmp_path / "none.npy")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(files.FilesError, match="no regular file"):  # which would block
@@ -846,21 +846,82 @@ def test_what_cannot_report_progress_is_refused_before_anything_is_written(tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.npy", "x.npy"]
 
 
+class _PathLike:
+    """Something with a path of any type."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def __fspath__(self):
+        return self._path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((0.1, "x.npy", "g.npy"), "reg=0.1 is of type float; pass an ActivityRegularization"),
         ((ActivityRegularization(1), None, "g.npy"), "activations are a NoneType; pass the path"),
         ((ActivityRegularization(1), b"x.npy", "g.npy"), "activations are a bytes; pass the path"),
+        ((ActivityRegularization(1), _PathLike(b"x"), "g"), "activations are a _PathLike; pass"),
+        ((ActivityRegularization(1), _PathLike(3), "g"), "activations are a _PathLike; pass the"),
+        ((ActivityRegularization(1), "", "g"), "activations '' do not exist; name a .npy file"),
         ((ActivityRegularization(1), "x.npy", 3), "gradients are a int; pass the path"),
     ],
 )
 def test_arguments_of_wrong_types_are_refused(arguments, message):
-    with pytest.raises(TypeError, match=re.escape(message)):
+    with pytest.raises((TypeError, files.FilesError), match=re.escape(message)):
         files.apply(*arguments)
     if "gradients" not in message:
-        with pytest.raises(TypeError, match=re.escape(message)):
+        with pytest.raises((TypeError, files.FilesError), match=re.escape(message)):
             files.penalty(*arguments[:2])
+
+
+class _Named(str):
+    """A string that is printed as another, as a member of an enumeration is."""
+
+    def __str__(self):
+        return "another.npy"
+
+
+def test_a_path_is_its_characters_however_it_is_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path, x=np.ones(9), another=np.ones(9))
+    reg = ActivityRegularization.l1(1)
+    assert files.penalty(reg, _Named("x.npy")).penalty == 9
+    with pytest.raises(files.FilesError, match=re.escape("activations x.npy and gradients x.npy")):
+        files.apply(reg, _Named("x.npy"), "x.npy")
+    assert np.array_equal(np.load("x.npy"), np.ones(9))
+
+
+def test_a_path_below_a_file_is_refused(tmp_path):
+    (path,) = saved(tmp_path, x=np.ones(9))
+    with pytest.raises(files.FilesError, match=re.escape("x.npy/more' do not exist; name a .npy")):
+        files.penalty(ActivityRegularization.l1(1), path / "more")
+
+
+def test_headers_are_parsed_once_and_files_are_not_mixed_up(tmp_path):
+    reg, path = ActivityRegularization.l1(1), tmp_path / "x.npy"
+    misses = []
+    for values in (np.ones(8, np.float32), np.full(8, 3, np.float32), np.ones(4), np.ones((2, 2))):
+        np.save(path, values)
+        assert files.penalty(reg, path).penalty == values.sum()
+        misses.append(stores._parsed.cache_info().misses)
+    assert misses[1] == misses[0]
+
+
+def test_no_more_of_a_file_is_read_than_a_header_may_have(tmp_path, monkeypatch):
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + bytes(1 << 20))
+    sizes, read_fully = [], stores.read_fully
+
+    def read(file, place, size):
+        sizes.append(size)
+        return read_fully(file, place, size)
+
+    monkeypatch.setattr(stores, "read_fully", read)
+    with pytest.raises(files.FilesError, match="broken"):
+        files.penalty(ActivityRegularization.l1(1), path)
+    assert 0 < max(sizes) <= 1 << 16
 
 
 def test_the_bar_has_a_rate_on_a_terminal(tmp_path):

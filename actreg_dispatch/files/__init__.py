@@ -223,12 +223,15 @@ def apply(
 
 
 def _path(name: str, value: Any) -> str:
-    path = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
     if not isinstance(path, str):
         raise TypeError(
             f"{name} are a {type(value).__name__}; pass the path of a .npy file or a Zarr store"
         )
-    return path
+    return str.__str__(path)  # of a subclass the characters, whatever it is printed as
 
 
 def _apply(
@@ -438,7 +441,7 @@ class _Run:
         """Return what was found, once all is done."""
         return Result(
             self._compute.type(found.penalty),
-            self._store.dtype.type.__name__,
+            self._store.dtype.type.__name__,  # NumPy takes 30 µs to find the dtype's own name
             self._store.shape,
             self._size,
             self._call.backend.name,
