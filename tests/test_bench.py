@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actreg_dispatch.__main__ import PEERS, main
 from actreg_dispatch.bench import contenders, report, timing
 from actreg_dispatch.bench.contenders import CONTENDERS, LAYOUTS, NORMS, Case, Contender, Run
+from actreg_dispatch.cli import PEERS, main
 from actreg_dispatch.norms import ActivityNorm
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
@@ -230,7 +230,7 @@ def test_bad_options_are_explained(capsys, options, message):
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib", "ml_dtypes"])
 def test_what_is_missing_is_named_before_the_work(python, missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; import actreg_dispatch.__main__ as m; "
+    code = f"import sys; sys.modules[{missing!r}] = None; import actreg_dispatch.cli as m; "
     options = ["bench", "--dtypes", "bfloat16", "--png", "picture.png"]
     done = python("-c", f"{code}sys.exit(m.main({options}))", check=False)
     assert done.returncode == 2

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from actreg_dispatch import __version__, registry
-from actreg_dispatch.__main__ import main
 from actreg_dispatch.backends import reference
+from actreg_dispatch.cli import main
 
 # The demo.
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    from actreg_dispatch import demo
+    from actreg_dispatch.cli import demo
 
     return demo.sweep(demo.Settings(epochs=8))
 
@@ -60,7 +60,8 @@ def test_the_demo_prints_a_table_and_writes_a_picture(tmp_path, monkeypatch, cap
 
 
 def test_the_demo_is_the_same_with_every_backend(backend):
-    from actreg_dispatch import ActivityRegularization, demo
+    from actreg_dispatch import ActivityRegularization
+    from actreg_dispatch.cli import demo
 
     images = tuple(part[:200] for part in demo.load_images())
     found = [
@@ -111,8 +112,8 @@ def test_the_demo_complains_about_numbers(arguments, capsys):
 
 
 def test_without_its_extra_the_demo_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "actreg_dispatch.demo", raising=False)
-    monkeypatch.delattr("actreg_dispatch.demo", raising=False)
+    monkeypatch.delitem(sys.modules, "actreg_dispatch.cli.demo", raising=False)
+    monkeypatch.delattr("actreg_dispatch.cli.demo", raising=False)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["demo"]) == 2
     told = capsys.readouterr().err
@@ -183,7 +184,7 @@ def test_it_speaks_to_a_terminal_without_greek(python):
 
 
 def test_the_doctor_works_where_nothing_is_compiled(python):
-    code = "from actreg_dispatch.doctor import examine; examine()"
+    code = "from actreg_dispatch.cli.doctor import examine; examine()"
     told = python("-c", code, NUMBA_DISABLE_JIT="1").stdout
     assert re.search(r"^numba +unusable: NUMBA_DISABLE_JIT is set", told, re.MULTILINE)
     assert "a numpy.ndarray is computed by numpy" in told

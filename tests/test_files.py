@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, files, registry
-from actreg_dispatch.__main__ import main
+from actreg_dispatch.cli import main
 from actreg_dispatch.exact import exact_result
 from actreg_dispatch.files import journal, stores
 
@@ -242,7 +242,7 @@ def test_bytes_and_passes_are_counted(tmp_path):
 LIMITED = """
 import resource, sys
 from actreg_dispatch import ActivityRegularization, files
-from actreg_dispatch.__main__ import main
+from actreg_dispatch.cli import main
 folder, files.BLOCK_BYTES, files.WINDOW_BYTES = sys.argv[1], 16 * 2**20, 64 * 2**20
 reg = {norm: ActivityRegularization(0.5, norm) for norm in ("l1", "l2", "l2_squared")}
 for norm in reg:  # imports, compiles, starts threads
@@ -670,7 +670,7 @@ def test_a_run_under_way_is_not_resumed(tmp_path):
 CHILD = """
 import sys, time
 from actreg_dispatch import files
-from actreg_dispatch.__main__ import main
+from actreg_dispatch.cli import main
 files.BLOCK_BYTES = files.WINDOW_BYTES = int(sys.argv[1])
 sys.exit(main(sys.argv[2:]))
 """
@@ -955,7 +955,7 @@ def test_npy_files_take_no_extras(tmp_path, python):
     code = """
 import sys
 sys.modules["rich"] = sys.modules["zarr"] = None
-from actreg_dispatch.__main__ import main
+from actreg_dispatch.cli import main
 main(["penalty", sys.argv[1], "--lam", "1"])
 """
     assert python("-c", code, str(path)).stdout.startswith("penalty 300000.0 (l1, λ = 1.0, ")
