@@ -1,7 +1,8 @@
 """What the other routes to the kernels take: many layers, files, Dask, PyTorch and JAX.
 
-Prints a table in Markdown. Each route takes turns with the call for NumPy arrays that does the same
-work, and with the same expression in the library's own functions. L1, float32.
+``python -m benchmarks.routes`` prints a table in Markdown. Each route takes turns with the call for
+NumPy arrays that does the same work, and with the same expression in the library's own functions.
+L1, float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch import ActivityRegularization, files
-from actreg_dispatch.bench.timing import take_turns
+from benchmarks.timing import take_turns
 
 LAM = 0.1
 REG = ActivityRegularization.l1(LAM)

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actreg_dispatch.bench import contenders, report, timing
-from actreg_dispatch.bench.contenders import CONTENDERS, LAYOUTS, NORMS, Case, Contender, Run
-from actreg_dispatch.cli import PEERS, main
 from actreg_dispatch.norms import ActivityNorm
+from benchmarks import contenders, report, timing
+from benchmarks.__main__ import PEERS, main
+from benchmarks.contenders import CONTENDERS, LAYOUTS, NORMS, Case, Contender, Run
 
+ROOT = Path(__file__).parent.parent
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
@@ -27,7 +28,7 @@ def results(tmp_path_factory):
     options = ["--sizes", "1", "4e3", "--dtypes", "float32", "bfloat16", "--norms", "l1", "l2"]
     options += ["--repeats", "1", "--peers", "NumPy", "--json", str(folder / "results.json")]
     options += ["--png", str(folder / "picture.png"), "--readme", str(folder / "README.md")]
-    assert main(["bench", *options]) == 0
+    assert main(options) == 0
     return folder
 
 
@@ -63,15 +64,21 @@ def test_the_readme_gets_the_table_and_keeps_the_rest(results, capsys, monkeypat
     monkeypatch.setenv("COLUMNS", "120")  # of the terminal, or the table is wrapped
     text = (results / "README.md").read_text()
     begin, end = report.MARKS["cpu"]
-    assert text.startswith(f"above\n{begin}\nMeasured with `actreg bench` on ")
+    assert text.startswith(f"above\n{begin}\nMeasured with `python -m benchmarks` on ")
     assert text.endswith(f"{end}\nbelow\n")
     assert "\n| elements | 1 | 4,000 |\n| --- | ---: | ---: |\n" in text
     assert text.count("| `apply` l1, float32 |") == 1
     assert "old" not in text
-    again = ["bench", "--from-json", str(results / "results.json")]
+    again = ["--from-json", str(results / "results.json")]
     assert main([*again, "--readme", str(results / "README.md")]) == 0
     assert (results / "README.md").read_text() == text
     assert "penalty l2, bfloat16, 4,000" in capsys.readouterr().out
+
+
+def test_the_readme_of_the_project_shows_the_results_that_are_kept():
+    results = report.load(ROOT / "benchmarks" / "results.json")
+    (begin, end), text = report.MARKS["cpu"], (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{begin}\n{report.summary(results)}\n{end}\n" in text
 
 
 def test_the_picture_is_a_png(results):
@@ -87,14 +94,14 @@ def test_the_picture_is_a_png(results):
         (["--readme", "there.json"], "has no place for the table"),
         (["--readme", "missing.md"], "cannot be read"),
         (["--from-json", "missing.json"], "cannot be read"),
-        (["--from-json", "there.json"], "not written by actreg bench"),
+        (["--from-json", "there.json"], "not written by python -m benchmarks"),
     ],
 )
 def test_bad_files_are_told_before_the_work(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.json").write_text("{}")
     monkeypatch.setattr(timing, "_measure_case", None)
-    assert main(["bench", *options]) == 2
+    assert main(options) == 2
     assert message in capsys.readouterr().err
     assert (tmp_path / "there.json").read_text() == "{}"
 
@@ -170,7 +177,7 @@ def test_a_peer_that_fails_is_left_out():
 
 
 def test_too_large_a_size_is_explained(capsys):
-    assert main(["bench", "--sizes", "1e17", "--dtypes", "float32", "--norms", "l1"]) == 2
+    assert main(["--sizes", "1e17", "--dtypes", "float32", "--norms", "l1"]) == 2
     assert "not enough memory" in capsys.readouterr().err
 
 
@@ -206,9 +213,9 @@ def test_first_calls_are_faster_with_a_full_cache():
 
 
 def test_the_number_of_threads_is_a_limit(python, tmp_path):
-    options = ["bench", "--sizes", "10", "--dtypes", "float32", "--norms", "l1", "--repeats", "1"]
+    options = ["--sizes", "10", "--dtypes", "float32", "--norms", "l1", "--repeats", "1"]
     options += ["--peers", "--threads", "1", "--json", str(tmp_path / "r.json")]
-    python("-m", "actreg_dispatch", *options)
+    python("-m", "benchmarks", *options, PYTHONPATH=str(ROOT))
     assert json.loads((tmp_path / "r.json").read_text())["machine"]["threads"] == 1
 
 
@@ -224,23 +231,24 @@ def test_the_number_of_threads_is_a_limit(python, tmp_path):
 )
 def test_bad_options_are_explained(capsys, options, message):
     with pytest.raises(SystemExit):
-        main(["bench", *options])
+        main(options)
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["rich", "matplotlib", "ml_dtypes"])
 def test_what_is_missing_is_named_before_the_work(python, missing):
-    code = f"import sys; sys.modules[{missing!r}] = None; import actreg_dispatch.cli as m; "
-    options = ["bench", "--dtypes", "bfloat16", "--png", "picture.png"]
-    done = python("-c", f"{code}sys.exit(m.main({options}))", check=False)
+    code = f"import sys; sys.modules[{missing!r}] = None; import benchmarks.__main__ as m; "
+    options = ["--dtypes", "bfloat16", "--png", "picture.png"]
+    code += f"sys.exit(m.main({options}))"
+    done = python("-c", code, check=False, PYTHONPATH=str(ROOT))
     assert done.returncode == 2
     assert f"the benchmark needs {missing}" in done.stderr
-    assert "actreg-dispatch[bench]" in done.stderr
+    assert "python -m pip install '.[bench]'" in done.stderr
 
 
 def test_the_routes_are_compared_with_the_call_for_arrays(python):
-    script = str(Path(__file__).parents[1] / "benchmarks" / "routes.py")
-    done = python(script, "--sizes", "1000", "1_000_000", "--repeats", "1", "--only", "`")
+    options = ["--sizes", "1000", "1_000_000", "--repeats", "1", "--only", "`"]
+    done = python("-m", "benchmarks.routes", *options, PYTHONPATH=str(ROOT))
     head, rule, *rows = done.stdout.splitlines()
     assert head == "| elements | 1,000 | 1,000,000 |"
     assert rule == "| --- | ---: | ---: |"
@@ -255,7 +263,7 @@ def test_the_routes_are_compared_with_the_call_for_arrays(python):
 
 @pytest.fixture(scope="module")
 def cuda_device(cupy):
-    from actreg_dispatch.bench.cuda import CUDA
+    from benchmarks.cuda import CUDA
 
     assert [c.name for c in CUDA.contenders if c.kind == "peer"] == [
         name for name in ("CuPy", "cupy.fuse", "PyTorch eager", "torch.compile") if name in PEERS
@@ -293,7 +301,7 @@ def test_a_run_on_a_gpu_writes_its_files(cuda_device, tmp_path, capsys):
     options += ["--json", str(tmp_path / "results.json"), "--png", str(tmp_path / "picture.png")]
     options += ["--readme", str(tmp_path / "README.md"), "--device", "cuda"]
     options += ["--peers", "CuPy", "Keras"]
-    assert main(["bench", *options]) == 0
+    assert main(options) == 0
     machine = json.loads((tmp_path / "results.json").read_text())["machine"]
     text = (tmp_path / "README.md").read_text()
     assert f"on {machine['processor']}, " in text
@@ -308,5 +316,5 @@ def test_a_run_on_a_gpu_writes_its_files(cuda_device, tmp_path, capsys):
 
 def test_options_of_the_processor_are_not_for_a_gpu(cuda_device, capsys):
     for option in (["--first-calls"], ["--threads", "1"]):
-        assert main(["bench", "--device", "cuda", *option]) == 2
+        assert main(["--device", "cuda", *option]) == 2
         assert "leave them out" in capsys.readouterr().err

@@ -6,7 +6,6 @@ Here are the options; each command is a module, which is imported when the comma
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import itertools
 import sys
@@ -19,18 +18,6 @@ from actreg_dispatch.cli.options import natural, positive, why_not_writable
 from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
 __all__ = ["main"]
-
-PEERS = (
-    "NumPy",
-    "numexpr",
-    "PyTorch eager",
-    "PyTorch autograd",
-    "torch.compile",
-    "JAX jit",
-    "Keras",
-    "CuPy",
-    "cupy.fuse",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,72 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=natural, default=0, help="of the split and the weights")
     demo.set_defaults(run=_demo)
 
-    _add_bench(commands)
     _add_files(commands)
 
     doctor = commands.add_parser("doctor", help="say what is usable, what is chosen, and test it")
     doctor.set_defaults(run=_doctor)
     return parser
-
-
-def _add_bench(commands: Any) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="time the backends against the machine's limits and against other libraries",
-    )
-
-    def several(name: str, default: list[Any], explanation: str, **options: Any) -> None:
-        bench.add_argument(
-            name,
-            nargs="+",
-            metavar=name[2:-1].upper(),
-            default=default,
-            help=explanation,
-            **options,
-        )
-
-    several(
-        "--sizes",
-        [1, 1000, 100_000, 1_000_000, 20_000_000, 100_000_000],
-        "numbers of elements (default: 1 1000 1e5 1e6 2e7 1e8, which take some 8 GB)",
-        type=_size,
-    )
-    several(
-        "--dtypes",
-        ["float32", "float64"],
-        "of float16, bfloat16, float32, float64 (default: float32 float64)",
-        choices=("float16", "bfloat16", "float32", "float64"),
-    )
-    norms = [ActivityNorm.L1, ActivityNorm.L2, ActivityNorm.L2_SQUARED]
-    explanation = "of l1, l2, l2_squared (default: all)"
-    several("--norms", norms, explanation, type=_norm)
-    operations = ["apply", "penalty"]
-    several("--operations", operations, "apply or penalty (default: both)", choices=operations)
-    bench.add_argument(
-        "--peers",
-        nargs="*",
-        metavar="PEER",
-        choices=PEERS,
-        help=f"of {', '.join(PEERS)} (default: all of the device that are installed)",
-    )
-    bench.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="where the arrays are: NumPy's on the processor or CuPy's on a GPU (default: cpu)",
-    )
-    bench.add_argument("--strided", action="store_true", help="add strided arrays")
-    bench.add_argument("--first-calls", action="store_true", help="add fresh processes (cpu)")
-    bench.add_argument("--repeats", type=positive, default=11, help="rounds (default: 11)")
-    bench.add_argument("--threads", type=positive, help="processors to use (cpu; default: all)")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
-    bench.add_argument("--png", type=Path, metavar="FILE", help="draw throughput against size here")
-    bench.add_argument("--overwrite", action="store_true", help="replace the files they name")
-    bench.add_argument(
-        "--readme", type=Path, metavar="FILE", help="put the tables in this Markdown"
-    )
-    bench.add_argument("--from-json", type=Path, metavar="FILE", help="show a former run")
-    bench.set_defaults(run=_bench)
 
 
 def _add_files(commands: Any) -> None:
@@ -211,24 +137,6 @@ def _strength(text: str) -> float | tuple[float, ...]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _norm(text: str) -> ActivityNorm:
-    """Return a norm that the benchmark has peers for."""
-    known = [norm.value for norm in ActivityNorm if norm is not ActivityNorm.L1_L2_SQUARED]
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(known)}")
-    return ActivityNorm(text)
-
-
-def _size(text: str) -> int:
-    try:
-        size = float(text.replace("_", ""))
-    except ValueError:
-        size = 0.5
-    if size < 1 or not size.is_integer():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 1")
-    return int(size)
-
-
 def _demo(options: argparse.Namespace) -> int:
     if options.backend is None:
         name, source = requested()
@@ -250,36 +158,6 @@ def _demo(options: argparse.Namespace) -> int:
         )
     demo.main(demo.Settings(epochs=options.epochs, seed=options.seed, backend=options.backend), out)
     return 0
-
-
-def _bench(options: argparse.Namespace) -> int:
-    if options.device == "cuda":
-        if options.threads or options.first_calls:
-            return _fail("--threads and --first-calls are for --device cpu; leave them out")
-        if options.from_json is None:
-            usable("cupy", "--device cuda")
-    try:
-        from actreg_dispatch import bench
-
-        if options.png is not None:
-            importlib.import_module("matplotlib")
-        if "bfloat16" in options.dtypes:
-            importlib.import_module("ml_dtypes")
-    except ImportError as error:
-        return _fail(
-            f"the benchmark needs {error.name}; install it and all peers with: "
-            f"python -m pip install 'actreg-dispatch[bench]'"
-        )
-    for option, path, suffix in (("--json", options.json, ".json"), ("--png", options.png, ".png")):
-        problem = path and why_not_writable(option, path, suffix, options.overwrite)
-        if problem:
-            return _fail(problem)
-    try:
-        return bench.main(options)
-    except bench.BadFileError as error:
-        return _fail(str(error))
-    except MemoryError as error:
-        return _fail(f"there is not enough memory for these --sizes: {error}; ask for smaller ones")
 
 
 def _files(options: argparse.Namespace) -> int:

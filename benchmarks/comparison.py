@@ -1,8 +1,4 @@
-"""``actreg bench``: our backends against the limits of the machine and against other libraries.
-
-``contenders.py`` has what is timed, ``cuda.py`` the same for a GPU, ``timing.py`` times it, and
-``report.py`` shows the results.
-"""
+"""Our backends against the limits of the machine and against other libraries."""
 
 from __future__ import annotations
 
@@ -17,11 +13,11 @@ import numba
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from actreg_dispatch.bench import report
-from actreg_dispatch.bench.contenders import BARE_CALL, LAYOUTS, Case
-from actreg_dispatch.bench.report import BadFileError
-from actreg_dispatch.bench.timing import CPU, Device, first_calls, machine, measure, slope
 from actreg_dispatch.norms import ActivityNorm
+from benchmarks import report
+from benchmarks.contenders import BARE_CALL, LAYOUTS, Case
+from benchmarks.report import BadFileError
+from benchmarks.timing import CPU, Device, first_calls, machine, measure, slope
 
 __all__ = ["BadFileError", "main"]
 
@@ -57,7 +53,7 @@ def main(options: argparse.Namespace) -> int:
 def _measured(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     threads = None
     if options.device == "cuda":
-        device: Device = importlib.import_module("actreg_dispatch.bench.cuda").CUDA
+        device: Device = importlib.import_module("benchmarks.cuda").CUDA
     else:
         device, threads = CPU, _limit_threads(options.threads)
     if device.caveat():

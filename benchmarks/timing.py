@@ -24,7 +24,8 @@ import numba
 import numpy as np
 
 from actreg_dispatch import __version__
-from actreg_dispatch.bench.contenders import (
+from actreg_dispatch.regularization import ActivityRegularization
+from benchmarks.contenders import (
     CONTENDERS,
     FAST,
     LAM,
@@ -35,7 +36,6 @@ from actreg_dispatch.bench.contenders import (
     Task,
     load_dtype,
 )
-from actreg_dispatch.regularization import ActivityRegularization
 
 __all__ = ["CPU", "Device", "first_calls", "machine", "measure", "slope", "take_turns"]
 

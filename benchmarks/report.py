@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from actreg_dispatch.bench.contenders import FAST
+from benchmarks.contenders import FAST
 
 __all__ = [
     "BadFileError",
@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 MARKS = {
-    "cpu": ("<!-- actreg bench: begin -->", "<!-- actreg bench: end -->"),
-    "cuda": ("<!-- actreg bench cuda: begin -->", "<!-- actreg bench cuda: end -->"),
+    "cpu": ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"),
+    "cuda": ("<!-- benchmarks cuda: begin -->", "<!-- benchmarks cuda: end -->"),
 }
 
 Record = dict[str, Any]
@@ -109,7 +109,7 @@ def load(path: Path) -> dict[str, Any]:
         raise BadFileError(f"--from-json {path} cannot be read: {error}") from None
     if missing:
         raise BadFileError(
-            f"--from-json {path} was not written by actreg bench; it lacks {missing}"
+            f"--from-json {path} was not written by python -m benchmarks; it lacks {missing}"
         )
     return results
 
@@ -171,7 +171,7 @@ def summary(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     layer = f" ({machine['threading_layer']})" if machine["threads"] else ""
     lines = [
-        f"Measured with `actreg bench` on {_setting(results)}{layer}, "
+        f"Measured with `python -m benchmarks` on {_setting(results)}{layer}, "
         f"{machine['system']}, Python {machine['python']}, {versions}. Medians of "
         f"{results['settings']['repeats']} interleaved rounds: the time; its ratio to the limit / "
         f"to the fastest peer, round by round.",

@@ -7,7 +7,8 @@ from typing import Any
 
 import cupy
 
-from actreg_dispatch.bench.contenders import (
+from actreg_dispatch.norms import ActivityNorm
+from benchmarks.contenders import (
     LAM,
     NORMS,
     Contender,
@@ -20,8 +21,7 @@ from actreg_dispatch.bench.contenders import (
     run_two_lines,
     slope_of,
 )
-from actreg_dispatch.bench.timing import Device
-from actreg_dispatch.norms import ActivityNorm
+from benchmarks.timing import Device
 
 __all__ = ["CUDA"]
 
