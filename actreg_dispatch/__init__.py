@@ -26,7 +26,7 @@ from actreg_dispatch.registry import (
 )
 from actreg_dispatch.regularization import ActivityRegularization, Penalties
 from actreg_dispatch.rounding import PairedSum, PartialSum
-from actreg_dispatch.warmup import warmup
+from actreg_dispatch.runtime.warmup import warmup
 
 __all__ = [
     "ActivityNorm",

@@ -20,7 +20,7 @@ activations larger than memory, take the total first, and then what needs it:
 >>> import dask.array as da
 >>> import numpy as np
 >>> from actreg_dispatch import ActivityRegularization
->>> from actreg_dispatch.threads import serially
+>>> from actreg_dispatch.runtime.threads import serially
 >>> reg = ActivityRegularization.l2(1.0)
 >>> activations = da.from_array(np.array([3.0, 0.0, 0.0, 4.0]), chunks=2)
 >>> total = reg.partial_sum(activations).compute()
@@ -53,8 +53,8 @@ from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.registry import NUMPY, requested
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.rounding import COMPUTE_DTYPES, PartialSum
+from actreg_dispatch.runtime.threads import serially
 from actreg_dispatch.strength import check_scale, constants_of, count_of
-from actreg_dispatch.threads import serially
 from actreg_dispatch.transfer import move, zeros_like
 from actreg_dispatch.validation import check_activations
 

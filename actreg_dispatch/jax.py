@@ -465,7 +465,8 @@ def _callback(
 
 def _subnormals_kept() -> Callable[[], contextlib.AbstractContextManager[None]]:
     try:
-        from actreg_dispatch.subnormals import subnormals_kept  # which compiles, so not before
+        # It compiles, so not before.
+        from actreg_dispatch.runtime.subnormals import subnormals_kept
     except Exception as error:
         raise BackendUnavailableError(
             f"traced arrays are computed in threads of XLA, which flush subnormal numbers to zero, "

@@ -25,7 +25,7 @@ import numpy as np
 from actreg_dispatch.errors import BackendUnavailableError, UnknownBackendError
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.rounding import PairedSum, PartialSum
-from actreg_dispatch.threads import lock_over_fork
+from actreg_dispatch.runtime.threads import lock_over_fork
 
 __all__ = [
     "AUTO",

@@ -28,7 +28,6 @@ from torch.autograd import forward_ad
 
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.pages import FROM_BYTES, ask_for_huge_pages
 from actreg_dispatch.registry import array_type_of, usable
 from actreg_dispatch.regularization import (
     ActivityRegularization,
@@ -36,6 +35,7 @@ from actreg_dispatch.regularization import (
     check_regularization,
 )
 from actreg_dispatch.rounding import PairedSum, PartialSum
+from actreg_dispatch.runtime.huge_pages import FROM_BYTES, ask_for_huge_pages
 from actreg_dispatch.strength import check_scale, count_of
 
 __all__ = [

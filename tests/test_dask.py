@@ -25,11 +25,11 @@ from actreg_dispatch import (
     ActivityRegularization,
     MixedArraysError,
     registry,
-    threads,
     use_backend,
 )
 from actreg_dispatch.exact import exact_result
 from actreg_dispatch.rounding import PairedSum, PartialSum
+from actreg_dispatch.runtime import threads
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 

@@ -132,7 +132,7 @@ def test_without_a_threading_layer_all_is_serial(python, stand_in):
     environment |= stand_in(
         sitecustomize="import sys; sys.modules['numba.np.ufunc.tbbpool'] = None"
     )
-    check = "from actreg_dispatch.threads import may_use_threads\nassert not may_use_threads()\n"
+    check = "from actreg_dispatch.runtime import threads\nassert not threads.may_use_threads()\n"
     python("-c", USE + check, **environment)
     done = python("-m", "actreg_dispatch", "doctor", **environment)
     assert "threading layer none, no threads" in done.stdout

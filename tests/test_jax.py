@@ -218,7 +218,7 @@ def test_subnormal_numbers_are_not_flushed_in_threads_of_xla(callbacks, norm, si
 
 
 def test_a_callback_leaves_the_thread_as_it_found_it():
-    from actreg_dispatch.subnormals import subnormals_kept
+    from actreg_dispatch.runtime.subnormals import subnormals_kept
 
     seen = []
 
@@ -536,7 +536,7 @@ def test_a_backend_that_cannot_run_is_told_while_tracing(monkeypatch, registered
 
 def test_where_numba_cannot_keep_subnormals_traced_arrays_are_refused(monkeypatch):
     actreg_jax._callback.cache_clear()
-    monkeypatch.setitem(sys.modules, "actreg_dispatch.subnormals", None)
+    monkeypatch.setitem(sys.modules, "actreg_dispatch.runtime.subnormals", None)
     reg, x = ActivityRegularization.l1(1.0, backend="numpy"), jnp.ones(5)
     with pytest.raises(BackendUnavailableError, match=r"flush subnormal.*outside of jit"):
         jax.jit(reg.penalty)(x)

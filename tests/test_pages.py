@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from actreg_dispatch import pages
+from actreg_dispatch.runtime import huge_pages
 
 SIZE = 16 << 20
 
@@ -45,7 +45,7 @@ def test_new_memory_gets_them(memory):
     memory[5:8] = b"abc"
     start = address_of(memory)
     assert not is_advised(start)
-    pages.ask_for_huge_pages(start + 1, SIZE - 1)
+    huge_pages.ask_for_huge_pages(start + 1, SIZE - 1)
     assert not is_advised(start)  # of a page that is not all meant
     assert is_advised(start + mmap.PAGESIZE)
     assert is_advised(start + SIZE - 1)
@@ -57,12 +57,12 @@ def test_new_memory_gets_them(memory):
 def test_little_memory_does_not_and_the_switch_of_numpy_holds(memory, monkeypatch, size, switch):
     monkeypatch.setenv("NUMPY_MADVISE_HUGEPAGE", switch)
     start = address_of(memory)
-    pages.ask_for_huge_pages(start, size)
+    huge_pages.ask_for_huge_pages(start, size)
     assert not is_advised(start + mmap.PAGESIZE)
 
 
 def test_a_system_without_them_is_left_alone(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    assert pages._madvise() is None
-    monkeypatch.setattr(pages, "_ADVISE", None)
-    pages.ask_for_huge_pages(0, 1 << 40)
+    assert huge_pages._madvise() is None
+    monkeypatch.setattr(huge_pages, "_ADVISE", None)
+    huge_pages.ask_for_huge_pages(0, 1 << 40)

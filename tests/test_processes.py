@@ -64,7 +64,7 @@ for _ in range(2):
         os._exit(0 if ok and os.wait()[1] == 0 else 1)
     assert os.waitpid(pid, 0)[1] == 0
 assert result() == expected  # the parent goes on in parallel
-from actreg_dispatch.threads import may_use_threads
+from actreg_dispatch.runtime.threads import may_use_threads
 assert may_use_threads()
 import ctypes
 pid = ctypes.CDLL(None).fork()  # by a library in C, which calls no hooks
@@ -105,12 +105,12 @@ def test_a_fork_at_the_first_use_of_threads(script):
     code = """
 import numba
 import actreg_dispatch
-from actreg_dispatch.threads import may_use_threads
+from actreg_dispatch.runtime.threads import may_use_threads
 
 for attempt in range(4):
     pid = os.fork()  # each starts afresh
     if pid == 0:
-        import actreg_dispatch.threads as threads
+        import actreg_dispatch.runtime.threads as threads
         threads._PROCESS = os.getpid()
         starting = threading.Thread(target=may_use_threads)
         starting.start()

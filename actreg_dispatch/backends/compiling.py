@@ -13,7 +13,7 @@ from typing import Any
 import numba
 
 from actreg_dispatch import rounding
-from actreg_dispatch.threads import interrupts_wait, lock_over_fork
+from actreg_dispatch.runtime.threads import interrupts_wait, lock_over_fork
 
 __all__ = ["COMPILING", "KERNELS", "code_edition", "compile_kernel", "kernel_of"]
 

@@ -45,7 +45,7 @@ from actreg_dispatch.rounding import (
     anchored_bound,
     largest_lam,
 )
-from actreg_dispatch.threads import may_use_threads
+from actreg_dispatch.runtime.threads import may_use_threads
 
 __all__ = ["express_all"]
 

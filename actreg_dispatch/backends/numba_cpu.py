@@ -41,7 +41,6 @@ from actreg_dispatch.backends.numba_rows import (
 )
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.pages import ask_for_huge_pages
 from actreg_dispatch.rounding import (
     COMPUTE_DTYPES,
     FLOAT32,
@@ -60,7 +59,8 @@ from actreg_dispatch.rounding import (
     limbs_of,
     units_of,
 )
-from actreg_dispatch.threads import may_use_threads
+from actreg_dispatch.runtime.huge_pages import ask_for_huge_pages
+from actreg_dispatch.runtime.threads import may_use_threads
 
 name = "numba"
 dtypes = NATIVE_DTYPES

@@ -26,7 +26,7 @@ from actreg_dispatch.registry import (
     why_unavailable,
 )
 from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.threads import threading_layer
+from actreg_dispatch.runtime.threads import threading_layer
 
 __all__ = ["examine", "self_test"]
 

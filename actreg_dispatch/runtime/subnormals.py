@@ -18,7 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from actreg_dispatch.threads import interrupts_wait
+from actreg_dispatch.runtime.threads import interrupts_wait
 
 __all__ = ["subnormals_kept"]
 
