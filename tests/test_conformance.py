@@ -1,6 +1,6 @@
 """What every backend must do, on the arrays that are native to it.
 
-Results are compared, bit for bit, with rational arithmetic (:mod:`actreg_dispatch.exact`).
+Results are compared, bit for bit, with rational arithmetic (:mod:`actreg_dispatch.oracle`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
 from actreg_dispatch import ActivityNorm, PairedSum
-from actreg_dispatch.exact import exact_result, exact_sum
+from actreg_dispatch.oracle import exact_result, exact_sum
 
 DTYPES = (np.float32, np.float64)
 

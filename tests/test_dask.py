@@ -27,7 +27,7 @@ from actreg_dispatch import (
     registry,
     use_backend,
 )
-from actreg_dispatch.exact import exact_result
+from actreg_dispatch.oracle import exact_result
 from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.runtime import threads
 

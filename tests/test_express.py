@@ -10,7 +10,7 @@ import pytest
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, use_backend, warmup
 from actreg_dispatch.backends import compiling, numba_cpu, reference
-from actreg_dispatch.exact import exact_result
+from actreg_dispatch.oracle import exact_result
 
 LARGE = numba_cpu.PARALLEL_FROM + 5
 

@@ -24,8 +24,8 @@ import pytest
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, files, registry
 from actreg_dispatch.cli import main
-from actreg_dispatch.exact import exact_result
 from actreg_dispatch.files import journal, stores
+from actreg_dispatch.oracle import exact_result
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 

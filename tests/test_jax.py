@@ -18,7 +18,7 @@ from actreg_dispatch import (
     use_backend,
 )
 from actreg_dispatch.backends import reference
-from actreg_dispatch.exact import exact_result
+from actreg_dispatch.oracle import exact_result
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy

@@ -18,7 +18,7 @@ from actreg_dispatch import (
     UnknownBackendError,
 )
 from actreg_dispatch.backends import many_arrays
-from actreg_dispatch.exact import binary64, exact_sum
+from actreg_dispatch.oracle import binary64, exact_sum
 from actreg_dispatch.strength import constants_of
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)

@@ -1,6 +1,6 @@
 """The numerical promise: the bits of the exact sum, in every dtype, layout and thread count.
 
-The oracle is rational arithmetic (:mod:`actreg_dispatch.exact`), never another kernel.
+The oracle is rational arithmetic (:mod:`actreg_dispatch.oracle`), never another kernel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.testing import assert_array_equal
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, PairedSum
 from actreg_dispatch.backends import numba_cpu
-from actreg_dispatch.exact import binary64, exact_result, exact_sum, root_of, rounded
+from actreg_dispatch.oracle import binary64, exact_result, exact_sum, root_of, rounded
 from actreg_dispatch.rounding import (
     PLAIN_BOUND,
     _root,

@@ -13,8 +13,8 @@ import numpy as np
 
 from actreg_dispatch import __version__
 from actreg_dispatch.errors import BackendError
-from actreg_dispatch.exact import exact_result
 from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.oracle import exact_result
 from actreg_dispatch.registry import (
     CUPY,
     ENVIRONMENT_VARIABLE,

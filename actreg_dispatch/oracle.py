@@ -1,11 +1,14 @@
-"""The definition, in rational arithmetic: what every backend must return, bit for bit.
+"""The definition, in exact arithmetic: what every backend must return, bit for bit.
 
-Slow and short on purpose. The self-test of ``actreg doctor`` and the test suite compare with this.
+Short and independent on purpose: the sums are integers, the formulas are written here once more,
+and nothing of the arithmetic that is judged is used. The self-test of ``actreg doctor`` and the
+test suite compare with this.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from fractions import Fraction
 from typing import Any
 
@@ -22,10 +25,20 @@ def exact_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Fraction
 
     ``activations`` must be finite.
     """
-    values = (Fraction(float(value)) for value in activations.ravel())
-    if norm is ActivityNorm.L1:
-        return sum((abs(value) for value in values), Fraction(0))
-    return sum((value * value for value in values), Fraction(0))
+    values = np.asarray(activations).ravel().astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("the exact sum is that of finite activations")
+    # |x| is an integer of 53 bits times a power of two. Terms of equal powers are added as the
+    # integers they are, which takes a tenth of the time of a Fraction for each.
+    fractions, exponents = np.frexp(np.abs(values))
+    integers = np.ldexp(fractions, 53).astype(np.int64).tolist()
+    power = 1 if norm is ActivityNorm.L1 else 2
+    sums: defaultdict[int, int] = defaultdict(int)
+    for integer, exponent in zip(integers, exponents.tolist(), strict=True):
+        sums[exponent] += integer**power
+    lowest = min(sums, default=0)
+    total = sum(each << power * (exponent - lowest) for exponent, each in sums.items())
+    return total * Fraction(2) ** (power * (lowest - 53))
 
 
 def exact_result(
@@ -39,7 +52,7 @@ def exact_result(
     """Return the penalty of finite ``activations`` and what becomes of ``gradients``.
 
     The exact sum is rounded to 53 bits once; the operations on it are binary64's, and the
-    gradient's those of the compute dtype, one scalar at a time. ``scale`` multiplies the gradient.
+    gradient's those of the compute dtype, each rounded. ``scale`` multiplies the gradient.
     """
     compute = compute_dtype(activations.dtype)
     assert compute is not None
@@ -50,33 +63,27 @@ def exact_result(
     else:
         terms = [(norm, lam)]
     limit = Fraction(float(np.finfo(compute).eps) if epsilon is None else epsilon)
-    size, strengths, root = 0.0, [], 0.0
+    x = np.asarray(activations).astype(compute)
+    size, steps = 0.0, []
     with np.errstate(all="ignore"):
         for term, factor in terms:
             total = rounded(exact_sum(activations, term), 53)
-            if term is ActivityNorm.L2:
+            strength = np.array(factor * scale).astype(compute)
+            if term is ActivityNorm.L1:
+                size += binary64(Fraction(float(real(factor))) * total)
+                steps.append(np.where(x > 0, strength, np.where(x < 0, -strength, real(0.0))))
+            elif term is ActivityNorm.L2_SQUARED:
+                size += binary64(Fraction(float(real(factor))) * total)
+                steps.append((strength * real(2.0)) * x)
+            else:
                 root = binary64(root_of(total))
                 size += float(real(factor)) * root
                 if total <= limit:
                     return real(size), gradients.copy()
-            else:
-                size += binary64(Fraction(float(real(factor))) * total)
-            strengths.append((term, real(factor * scale)))
+                steps.append((strength * x) / real(root))
         updated = gradients.copy()
-        for index, value in np.ndenumerate(activations):
-            x = real(value)
-            first, *rest = (_gradient(term, x, s, real(root)) for term, s in strengths)
-            updated[index] = real(updated[index]) + sum(rest, first)
+        updated[...] = updated.astype(compute) + sum(steps[1:], start=steps[0])
         return real(size), updated
-
-
-def _gradient(norm: ActivityNorm, x: Any, strength: Any, root: Any) -> Any:
-    real = type(x)
-    if norm is ActivityNorm.L1:
-        return strength if x > 0 else -strength if x < 0 else real(0.0)
-    if norm is ActivityNorm.L2_SQUARED:
-        return (strength * real(2.0)) * x
-    return (strength * x) / root
 
 
 def rounded(value: Fraction, bits: int) -> Fraction:
