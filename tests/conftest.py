@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import hypothesis
+import ml_dtypes
 import numpy as np
 import pytest
 
-from actreg_dispatch import ActivityRegularization, registry
+from actreg_dispatch import ActivityNorm, ActivityRegularization, registry, warmup
 
 BACKENDS = ("numpy", "numba", "cupy")
 LIBRARIES = ("torch", "jax", "dask")  # whose arrays a module of their own leads to the backends
@@ -119,6 +121,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         names = {parameters.get("backend"), parameters.get("arrays"), *item.fixturenames}
         if "cupy" in names:
             item.add_marker("cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels(request: pytest.FixtureRequest) -> None:
+    """Let the processes share the work of compiling, before each needs what another compiles.
+
+    Most of the suite needs most of the kernels, and compiling them takes minutes where the cache is
+    empty. A few tests need few: they compile their own.
+    """
+    worker = getattr(request.config, "workerinput", None)
+    on_the_host = [each for each in request.session.items if not each.get_closest_marker("cuda")]
+    if worker is None or len(on_the_host) < 1000:
+        return
+    dtypes = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+    cases = [*itertools.product(dtypes, ActivityNorm)]
+    for dtype, norm in cases[int(worker["workerid"][2:]) :: worker["workercount"]]:
+        warmup(dtype, norm, backend="numba", strided=True)
 
 
 @pytest.fixture(scope="session")
