@@ -27,6 +27,11 @@ for size in (5, 100_000):
     if not right or penalty != np.float32(0.5 * 2 * size**0.5):
         raise SystemExit("a wrong result")
 """
+DOCTOR = """
+import runpy, sys
+sys.argv[1:] = ["doctor"]
+runpy.run_module("actreg_dispatch", run_name="__main__")  # ends with the doctor's status
+"""
 CUPY = """
 __version__ = "14.2.0"
 class ndarray: pass
@@ -86,11 +91,14 @@ real_import = pytest.mark.skipif("SOFTGPU" in os.environ, reason="CuPy is wrappe
 def test_a_cupy_that_does_not_work(python, stand_in, kind, flags):
     source, reason = CUPYS[kind]
     environment = stand_in(cupy=source)
-    python(*flags, "-c", f"try:\n    import cupy\nexcept Exception: pass\n{USE}", **environment)
-    done = python("-m", "actreg_dispatch", "doctor", **environment)
-    assert "cupy" in done.stdout
-    assert reason in done.stdout
-    assert "pip install cupy-cuda13x" in done.stdout
+    imported = f"try:\n    import cupy\nexcept Exception: pass\n{USE}"
+    if flags:
+        python(*flags, "-c", imported, **environment)
+    else:
+        done = python("-c", imported + DOCTOR, **environment)
+        assert "cupy" in done.stdout
+        assert reason in done.stdout
+        assert "pip install cupy-cuda13x" in done.stdout
     told = python(*flags, "-c", USE, check=False, ACTREG_BACKEND="cupy", **environment)
     assert "BackendUnavailableError: the environment variable ACTREG_BACKEND='cupy'" in told.stderr
     assert "pip install cupy-cuda13x" in told.stderr
@@ -118,8 +126,8 @@ assert ActivityRegularization(0.5).apply(np.ones(3), g) == 1.5
 )
 def test_without_numba_the_reference_carries_on(python, stand_in, source):
     environment = stand_in(numba=source)
-    python("-c", USE, **environment)
-    done = python("-m", "actreg_dispatch", "doctor", check=False, **environment)
+    done = python("-c", f"{USE}print('all right')\n{DOCTOR}", check=False, **environment)
+    assert "all right" in done.stdout
     assert "python -m pip install numba" in done.stdout
     assert "a numpy.ndarray is computed by numpy" in done.stdout
     told = python("-c", USE, check=False, ACTREG_BACKEND="numba", **environment)
@@ -133,8 +141,7 @@ def test_without_a_threading_layer_all_is_serial(python, stand_in):
         sitecustomize="import sys; sys.modules['numba.np.ufunc.tbbpool'] = None"
     )
     check = "from actreg_dispatch.runtime import threads\nassert not threads.may_use_threads()\n"
-    python("-c", USE + check, **environment)
-    done = python("-m", "actreg_dispatch", "doctor", **environment)
+    done = python("-c", USE + check + DOCTOR, **environment)
     assert "threading layer none, no threads" in done.stdout
 
 
@@ -156,8 +163,7 @@ def test_without_shared_memory_for_semaphores(python, stand_in, flags):
     ids=["optimized", "warnings are errors", "isolated", "no UTF-8", "no home", "no bytecode"],
 )
 def test_unusual_settings(python, flags, environment):
-    python(*flags, "-c", USE, **environment)
-    done = python(*flags, "-m", "actreg_dispatch", "doctor", **environment)
+    done = python(*flags, "-c", USE + DOCTOR, **environment)
     assert "numba" in done.stdout
 
 

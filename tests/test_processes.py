@@ -32,19 +32,25 @@ def result(seed=0):
 """
 
 
-@pytest.fixture(params=LAYERS)
-def script(request, python, tmp_path):
+@pytest.fixture(scope="module", params=LAYERS)
+def layer(request, python):
+    """Each threading layer that there is, as the environment of a process."""
+    environment = {"NUMBA_THREADING_LAYER": request.param, "NUMBA_NUM_THREADS": "2"}
+    environment["LD_LIBRARY_PATH"] = str(Path(sys.prefix, "lib"))  # where pip puts libtbb.so
+    probe = python("-c", "import numba; numba.get_num_threads()", check=False, **environment)
+    if probe.returncode and request.param != "workqueue":
+        pytest.skip(f"Numba has no threading layer {request.param} here")
+    return environment
+
+
+@pytest.fixture
+def script(layer, python, tmp_path):
     """Run a script on a threading layer and return what it printed."""
 
     def run(code, timeout=300, **environment):
         file = tmp_path / "script.py"
         file.write_text(PREAMBLE + code)
-        environment |= {"NUMBA_THREADING_LAYER": request.param, "NUMBA_NUM_THREADS": "2"}
-        environment["LD_LIBRARY_PATH"] = str(Path(sys.prefix, "lib"))  # where pip puts libtbb.so
-        probe = python("-c", "import numba; numba.get_num_threads()", check=False, **environment)
-        if probe.returncode and request.param != "workqueue":
-            pytest.skip(f"Numba has no threading layer {request.param} here")
-        done = python(str(file), timeout=timeout, check=False, **environment)
+        done = python(str(file), timeout=timeout, check=False, **layer, **environment)
         assert done.returncode == 0, f"{done.returncode}: {done.stderr[-2000:]}"
         return done.stdout
 
