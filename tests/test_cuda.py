@@ -67,6 +67,7 @@ def profile(cupy, python, tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.xdist_group("profile")  # which takes half a minute to make
 @norms
 @dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "channels", "transposed"])
