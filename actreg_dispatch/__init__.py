@@ -10,23 +10,24 @@
 array([[ 0.001, -0.001]])
 """
 
+from actreg_dispatch.backend import Backend
 from actreg_dispatch.errors import (
     BackendError,
     BackendUnavailableError,
     MixedArraysError,
     UnknownBackendError,
 )
-from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.layers import Penalties
+from actreg_dispatch.norms import ActivityNorm, register_norm
 from actreg_dispatch.registry import (
-    Backend,
     available_backends,
     get_backend,
     register_backend,
     use_backend,
 )
-from actreg_dispatch.regularization import ActivityRegularization, Penalties
-from actreg_dispatch.rounding import PairedSum, PartialSum
+from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.warmup import warmup
+from actreg_dispatch.sums.exact import PairedSum, PartialSum
 
 __all__ = [
     "ActivityNorm",
@@ -42,6 +43,7 @@ __all__ = [
     "available_backends",
     "get_backend",
     "register_backend",
+    "register_norm",
     "use_backend",
     "warmup",
 ]

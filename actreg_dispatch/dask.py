@@ -2,9 +2,10 @@
 
 A task for each chunk takes its exact partial sum, a tree of tasks adds these up, and one more
 finishes the penalty. Since the sums are exact, the chunks make no difference. A chunk of the
-gradient depends on the same chunk of the activations alone or, for ``"l2"``, on the total, too.
+gradient depends on the same chunk of the activations alone or, for norms of two passes such as
+``"l2"``, on the total, too.
 
-What the result depends on is settled when the graph is built: λ, the other options, and the backend
+What the result depends on is frozen when the graph is built: λ, the other options, and the backend
 that ``backend=``, :func:`~actreg_dispatch.use_backend` or ``ACTREG_BACKEND`` asks for in the
 process that builds it. Whether the backend can run is found out where the chunks are. Tasks run
 serial kernels: the workers are the threads.
@@ -14,8 +15,8 @@ host.
 
 Notes
 -----
-``"l2"`` reads every chunk twice, and Dask keeps those that it has read until the total is known. Of
-activations larger than memory, take the total first, and then what needs it:
+A norm of two passes reads every chunk twice, and Dask keeps those that it has read until the total
+is known. Of activations larger than memory, take the total first, and then what needs it:
 
 >>> import dask.array as da
 >>> import numpy as np
@@ -37,7 +38,6 @@ array([0.6, 0. , 0. , 0.8])
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -49,12 +49,14 @@ import dask.array as da
 import numpy as np
 from dask.base import normalize_token, tokenize
 
-from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch import dispatch
+from actreg_dispatch.dtypes import COMPUTE_DTYPES
+from actreg_dispatch.norms import Norm
+from actreg_dispatch.options import Options, check_scale, constants_of, count_of
 from actreg_dispatch.registry import NUMPY, requested
 from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.rounding import COMPUTE_DTYPES, PartialSum
 from actreg_dispatch.runtime.threads import serially
-from actreg_dispatch.strength import check_scale, constants_of, count_of
+from actreg_dispatch.sums.exact import Total
 from actreg_dispatch.transfer import move, zeros_like
 from actreg_dispatch.validation import check_activations
 
@@ -64,24 +66,9 @@ __all__ = ["add_gradient", "apply", "apply_all", "partial_sum", "penalty", "pena
 def penalty(reg: ActivityRegularization, activations: da.Array) -> da.Array:
     """Return the penalty of ``activations``, lazily.
 
-    Parameters
-    ----------
-    reg : ActivityRegularization
-        As it is now; later changes of ``lam`` change nothing.
-    activations : dask.array.Array
-        Of any chunks, also of unknown lengths.
-
-    Returns
-    -------
-    dask.array.Array
-        0-d, in the compute dtype T, of NumPy or CuPy as the chunks are.
-
-    Raises
-    ------
-    TypeError
-        If the chunks are not NumPy or CuPy arrays of a supported dtype.
-    ValueError
-        If ``lam`` is too large for their dtype.
+    A 0-d array in the compute dtype T, of NumPy or CuPy as the chunks are. These may be of any
+    lengths, unknown ones included; what raises elsewhere raises here, not in a task, if it shows
+    without computing. ``reg`` is taken as it is now: later changes of ``lam`` change nothing.
 
     Examples
     --------
@@ -92,32 +79,18 @@ def penalty(reg: ActivityRegularization, activations: da.Array) -> da.Array:
     >>> penalty.shape, float(penalty.compute())
     ((), 4.5)
     """
-    return _penalty(_as_of_now(reg), activations)[0]
+    return _penalty(_frozen(reg), activations)[0]
 
 
 def partial_sum(reg: ActivityRegularization, activations: da.Array) -> Any:
     """Return the sum, or both, that the norm takes, exactly and lazily.
 
-    Parameters
-    ----------
-    reg, activations
-        As for :func:`penalty`.
-
-    Returns
-    -------
-    dask.delayed.Delayed
-        Of a :class:`~actreg_dispatch.rounding.PartialSum`. It adds up with other partial sums,
-        lazy or not; compute it before ``finish``, and not in one ``dask.compute`` among arrays:
-        Dask 2026.8 returns the results grouped by kind, in another order than they were asked for.
-
-    Raises
-    ------
-    TypeError
-        As for :func:`penalty`.
+    A :class:`dask.delayed.Delayed`, which adds up with other partial sums, lazy or not. Compute it
+    before ``finish``, and not in one ``dask.compute`` among arrays: Dask 2026.8 returns the results
+    grouped by type, in another order than they were asked for.
     """
-    reg = _as_of_now(reg)
     check_activations(activations._meta)
-    total = _total(reg, activations)
+    total = _total(_frozen(reg), activations)
     if hasattr(total, "to_delayed"):
         return total.to_delayed().item()
     return dask.delayed(total)  # an expression of query planning, which is experimental in Dask
@@ -128,38 +101,18 @@ def penalty_and_gradient(
 ) -> tuple[da.Array, da.Array]:
     """Return the penalty of ``activations`` and its gradient, lazily.
 
-    Parameters
-    ----------
-    reg, activations
-        As for :func:`penalty`.
-    out : None
-        A Dask array cannot be written; store the gradient instead.
-    scale : float, default 1.0
-        Multiplies λ for the gradient alone.
-
-    Returns
-    -------
-    penalty : dask.array.Array
-        As :func:`penalty` returns it.
-    gradient : dask.array.Array
-        Of the dtype, chunks and kind of ``activations``.
-
-    Raises
-    ------
-    TypeError
-        As for :func:`penalty`, if ``scale`` is no real number, or ``out`` is given.
-    ValueError
-        As for :func:`penalty`.
+    The penalty is that of :func:`penalty`; the gradient has the dtype, chunks and array type of
+    ``activations``. A Dask array cannot be written, so ``out`` is refused with a TypeError.
     """
     if out is not None:
         raise TypeError(
             "out cannot be written by a Dask array, which is lazy; leave it out and store the "
             "gradient that is returned, for example with dask.array.store(gradient, out)"
         )
-    reg, scale = _as_of_now(reg), check_scale(scale)
-    penalty, total, count = _penalty(reg, activations)
-    shared = total if reg.norm is ActivityNorm.L2 else None
-    task = partial(_gradient_chunk, reg=reg, scale=scale)
+    options, scale = _frozen(reg), check_scale(scale)
+    penalty, total, count = _penalty(options, activations)
+    shared = total if options.norm.two_pass else None
+    task = partial(_gradient_chunk, options=options, scale=scale)
     gradient = _each("actreg-gradient", task, activations, shared, count, meta=activations._meta)
     return penalty, gradient
 
@@ -200,37 +153,40 @@ def add_gradient(
 
 
 @normalize_token.register(ActivityRegularization)  # type: ignore[untyped-decorator]
-def _token(reg: ActivityRegularization) -> Any:
+def _(reg: ActivityRegularization) -> Any:
     """Return what the names of tasks depend on, so that equal ones are done once."""
-    return type(reg).__module__, type(reg).__qualname__, sorted(reg.__getstate__().items())
+    return type(reg).__module__, type(reg).__qualname__, *reg.options
 
 
-def _as_of_now(reg: ActivityRegularization) -> ActivityRegularization:
-    """Return a copy with the backend that is asked for here, which workers do not know."""
-    reg = copy.copy(reg)
-    reg._backend, _ = requested(reg.backend)
-    return reg
+@normalize_token.register(Norm)  # type: ignore[untyped-decorator]
+def _(norm: Norm) -> Any:
+    return norm.name, norm.source
 
 
-def _penalty(reg: ActivityRegularization, activations: da.Array) -> tuple[da.Array, da.Array, Any]:
+def _frozen(reg: ActivityRegularization) -> Options:
+    """Return the options, with the backend that is asked for here, which workers do not know."""
+    return reg.options._replace(backend=requested(reg.backend)[0])
+
+
+def _penalty(options: Options, activations: da.Array) -> tuple[da.Array, da.Array, Any]:
     """Return the penalty, the sum that it is made of, and what λ is divided by, all lazy.
 
     What is wrong is complained about here rather than by a task, if it shows without computing.
     """
     kind, meta = check_activations(activations._meta)
-    count = _count(reg, activations)
+    count = _count(options.reduction, activations)
     if isinstance(count, int):
-        constants_of(reg, meta.dtype, count)  # which refuses a λ that is too large
-    total = _total(reg, activations)
+        constants_of(options, meta.dtype, count)  # which refuses a λ that is too large
+    total = _total(options, activations)
     zero = np.zeros_like(meta, COMPUTE_DTYPES[meta.dtype], shape=())
-    task = partial(_finish, reg=reg, kind=kind)
+    task = partial(_finish, options=options, kind=kind)
     penalty = _each("actreg-penalty", task, total, count, meta=zero)
     return penalty, total, count
 
 
-def _total(reg: ActivityRegularization, activations: da.Array) -> da.Array:
-    """Return the sum over all chunks: a 0-d array whose one chunk is a :class:`PartialSum`."""
-    return _added_up("actreg-sum", partial(_sum_chunk, reg=reg), activations)
+def _total(options: Options, activations: da.Array) -> da.Array:
+    """Return the sum over all chunks: a 0-d array whose one chunk is an exact sum, or a pair."""
+    return _added_up("actreg-sum", partial(_sum_chunk, options=options), activations)
 
 
 def _each(
@@ -265,27 +221,27 @@ def _added_up(name: str, task: Callable[..., Any], array: da.Array) -> da.Array:
     )
 
 
-def _count(reg: ActivityRegularization, activations: da.Array) -> Any:
+def _count(reduction: str, activations: da.Array) -> Any:
     """Return what λ is divided by: an int, or a 0-d array where that takes computing."""
     lengths = {"sum": (), "mean": activations.shape, "batch": activations.shape[:1]}
-    if not any(map(math.isnan, lengths[reg.reduction])):
-        return count_of(reg.reduction, activations.shape)
-    if reg.reduction == "batch":  # the chunks along the first axis
+    if not any(map(math.isnan, lengths[reduction])):
+        return count_of(reduction, activations.shape)
+    if reduction == "batch":  # the chunks along the first axis
         activations = activations.blocks[(slice(None), *(0,) * (activations.ndim - 1))]
-    return _added_up("actreg-count", partial(_count_chunk, reg=reg), activations)
+    return _added_up("actreg-count", partial(_count_chunk, reduction=reduction), activations)
 
 
 # Tasks.
 
 
-def _sum_chunk(chunk: Any, computing_meta: bool = False, *, reg: Any, **axes: Any) -> Any:
-    return _no_numbers(chunk) if computing_meta else reg.partial_sum(_array(chunk))
+def _sum_chunk(chunk: Any, computing_meta: bool = False, *, options: Options, **axes: Any) -> Any:
+    return _no_numbers(chunk) if computing_meta else dispatch.partial_sum(options, _array(chunk))
 
 
-def _count_chunk(chunk: Any, computing_meta: bool = False, *, reg: Any, **axes: Any) -> Any:
+def _count_chunk(chunk: Any, computing_meta: bool = False, *, reduction: str, **axes: Any) -> Any:
     if computing_meta:
         return _no_numbers(chunk)
-    return chunk.size if reg.reduction == "mean" else len(chunk)
+    return chunk.size if reduction == "mean" else len(chunk)
 
 
 def _no_numbers(chunk: Any) -> Any:
@@ -298,18 +254,13 @@ def _add_up(sums: Any, **axes: Any) -> Any:
     return sum(map(_add_up, sums)) if isinstance(sums, list) else sums
 
 
-def _finish(total: PartialSum, count: int, *, reg: ActivityRegularization, kind: str) -> Any:
-    result = reg.finish(total, count=count)
+def _finish(total: Total, count: int, *, options: Options, kind: str) -> Any:
+    result = dispatch.finish(options, total, count)
     return result if kind == NUMPY else move(result, NUMPY, kind)
 
 
 def _gradient_chunk(
-    chunk: Any,
-    total: PartialSum | None,
-    count: int,
-    *,
-    reg: ActivityRegularization,
-    scale: float,
+    chunk: Any, total: Total | None, count: int, *, options: Options, scale: float
 ) -> Any:
     chunk = _array(chunk)
     kind, plain = check_activations(chunk)
@@ -317,7 +268,7 @@ def _gradient_chunk(
     # Measured on two cores with two workers, 2e7 elements in 16 chunks, L1, ms in parallel and
     # serially: float32 23 and 18, float64 55 and 54; in 64 chunks 42 and 37, 72 and 68.
     with serially():
-        reg.add_gradient(plain, gradient, total, count=count, scale=scale)
+        dispatch.add_gradient(options, plain, gradient, total, count, scale)
     return gradient
 
 

@@ -23,18 +23,20 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from actreg_dispatch.derivatives import gradient_expression
+from actreg_dispatch.dtypes import compute_dtype, round_to
 from actreg_dispatch.errors import BackendUnavailableError
-from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.registry import requested
+from actreg_dispatch.norms import signed_by_type, sqrt
+from actreg_dispatch.options import Options, check_scale, constants_of, count_of
+from actreg_dispatch.registry import get_backend, requested
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
-from actreg_dispatch.rounding import PairedSum, PartialSum, compute_dtype, round_to
-from actreg_dispatch.strength import check_scale, constants_of, count_of
+from actreg_dispatch.sums.exact import Total
 
 try:
     from jax.experimental.buffer_callback import buffer_callback
@@ -46,29 +48,18 @@ __all__ = ["add_gradient", "apply", "apply_all", "partial_sum", "penalty", "pena
 _ALIGNMENT = 64  # bytes; XLA takes over a NumPy array that lies so, and copies others
 
 
-class _Settings(NamedTuple):
-    """What a traced computation keeps of a regularization: all of it, as it is at that time."""
-
-    lam: float | tuple[float, float]
-    norm: ActivityNorm
-    epsilon: float | None
-    reduction: str
-    backend: str
-
-
 def penalty(reg: ActivityRegularization, activations: jax.Array) -> jax.Array:
     r"""Return the penalty of ``activations``, differentiably.
 
-    λ·Σ|xᵢ| for ``"l1"``, λ·√(Σxᵢ²) for ``"l2"``, λ·Σxᵢ² for ``"l2_squared"``, λ₁·Σ|xᵢ| + λ₂·Σxᵢ²
-    for ``"l1_l2_squared"``; also what ``reg.penalty(activations)`` returns. The gradient is that of
-    :meth:`~actreg_dispatch.ActivityRegularization.apply`: 0 at 0 for L1, 0 for L2 where
-    Σxᵢ² ≤ ``epsilon``. What comes in from further up, the cotangent, multiplies λ as ``scale``
-    does, for each example of a ``vmap`` on its own.
+    ``reg.penalty(activations)`` is the same function; see
+    :meth:`~actreg_dispatch.ActivityRegularization.penalty` for what it computes. The gradient is
+    that of :meth:`~actreg_dispatch.ActivityRegularization.apply`. What comes in from further up,
+    the cotangent, multiplies λ as ``scale`` does, for each example of a ``vmap`` on its own.
 
     Parameters
     ----------
     reg : ActivityRegularization
-        Close over it; it is no argument for a transformed function. What is traced, as under
+        Close over it; it is not an argument for a transformed function. What is traced, as under
         ``jit``, keeps ``lam`` and the chosen backend as they are while it is traced.
     activations : jax.Array
         Of float16, bfloat16, float32 or float64, any shape; may be traced. On a GPU or TPU they
@@ -79,23 +70,13 @@ def penalty(reg: ActivityRegularization, activations: jax.Array) -> jax.Array:
     jax.Array
         0-d, in the compute dtype T, on the device of ``activations``.
 
-    Raises
-    ------
-    TypeError
-        If ``activations`` are not a JAX array or have an unsupported dtype.
-    ValueError
-        If ``lam`` is too large for their dtype.
-    UnknownBackendError, BackendUnavailableError
-        If the backend that is asked for does not exist or cannot run here.
-
     Notes
     -----
     It is a ``jax.custom_vjp``, not a ``custom_jvp``: reverse mode then gets the gradient from the
     kernels with the cotangent in it, whereas a tangent rule that JAX transposes would multiply
     them in XLA, which rounds once more and flushes subnormal numbers. So forward mode (``jvp``,
     ``jacfwd``) of the penalty itself is refused by JAX. Derivatives of the gradient, in either
-    mode, are right to rounding, computed by JAX; with them ``jax.hessian`` works. For L1 they are
-    0.
+    mode, are right to rounding, computed by JAX; with them ``jax.hessian`` works.
 
     Under ``vmap`` the examples are computed one after the other, at some 4 µs each or more.
 
@@ -111,43 +92,16 @@ def penalty(reg: ActivityRegularization, activations: jax.Array) -> jax.Array:
     _check(reg, activations)
     if _is_concrete(activations):
         return _at_once(reg, activations)
-    return _penalty(_settled(reg), activations)
+    return _penalty(_frozen(reg), activations)
 
 
 def penalty_and_gradient(
     reg: ActivityRegularization, activations: jax.Array, out: None = None, *, scale: Any = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the penalty and its gradient, in one pass.
+    """Return the penalty, as :func:`penalty` does, and its gradient, an array like ``activations``.
 
-    Parameters
-    ----------
-    reg : ActivityRegularization
-    activations : jax.Array
-        As for :func:`penalty`.
-    out : None
-        JAX arrays cannot be written.
-    scale : float or jax.Array, default 1.0
-        Multiplies λ for the gradient alone. A number, or a 0-d floating array, which may be traced.
-
-    Returns
-    -------
-    penalty, gradient : jax.Array
-        As :func:`penalty` returns it, and an array of the shape, dtype and device of
-        ``activations``.
-
-    Raises
-    ------
-    TypeError, ValueError, BackendError
-        As for :func:`penalty`, or if ``out`` is given or ``scale`` is not a number.
-
-    Examples
-    --------
-    >>> import jax, jax.numpy as jnp
-    >>> from actreg_dispatch import ActivityRegularization
-    >>> reg = ActivityRegularization.l2_squared(0.25)
-    >>> value, gradient = jax.jit(reg.penalty_and_gradient)(jnp.array([3.0, 4.0]))
-    >>> float(value), gradient.tolist()
-    (6.25, [1.5, 2.0])
+    ``scale`` is a number or a 0-d floating array, which may be traced. JAX arrays cannot be
+    written, so ``out`` is refused with a TypeError.
     """
     _check(reg, activations)
     if out is not None:
@@ -158,17 +112,11 @@ def penalty_and_gradient(
     if number is not None:
         compute = _compute_dtype(activations)
         traced = jnp.asarray(round_to(compute, number))
-    return _evaluate(_settled(reg), number, activations, traced)  # type: ignore[no-any-return]
+    return _evaluate(_frozen(reg), number, activations, traced)  # type: ignore[no-any-return]
 
 
-def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> PartialSum | PairedSum:
-    """Return the sum that the norm takes, exactly; on the host, for which this waits.
-
-    Raises
-    ------
-    TypeError
-        If ``activations`` are traced or have an unsupported dtype.
-    """
+def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> Total:
+    """Return the sum that the norm takes, exactly; on the host, for which this waits."""
     _check(reg, activations)
     if isinstance(activations, jax.core.Tracer):
         raise TypeError(
@@ -179,13 +127,7 @@ def partial_sum(reg: ActivityRegularization, activations: jax.Array) -> PartialS
 
 
 def apply(*arguments: Any, **options: Any) -> NoReturn:
-    """Refuse: JAX arrays cannot be written.
-
-    Raises
-    ------
-    TypeError
-        Always; it names the functions to call instead.
-    """
+    """Refuse, with a TypeError that names what to call instead: JAX arrays cannot be written."""
     raise _immutable("gradients")
 
 
@@ -212,7 +154,8 @@ def _check(reg: Any, activations: Any) -> None:
             f"activations must be a JAX array, not a {kind.__module__}.{kind.__qualname__}; "
             f"convert it with jax.numpy.asarray, or call a method of the regularization"
         )
-    constants_of(reg, _stored_dtype(activations), count_of(reg.reduction, activations.shape))
+    options, dtype = reg.options, _stored_dtype(activations)
+    constants_of(options, dtype, count_of(options.reduction, activations.shape))
 
 
 def _stored_dtype(activations: Any) -> np.dtype[Any]:
@@ -258,16 +201,13 @@ def _is_concrete(array: Any) -> bool:
     return len(sharding.device_set) == 1 or isinstance(sharding, jax.sharding.NamedSharding)
 
 
-def _settled(reg: ActivityRegularization) -> _Settings:
+def _frozen(reg: ActivityRegularization) -> Options:
     # A callback runs in a thread of its own, where use_backend does not reach.
     backend, _ = requested(reg.backend)
-    return _Settings(reg.lam, reg.norm, reg.epsilon, reg.reduction, backend)
+    return reg.options._replace(backend=backend)
 
 
-@functools.lru_cache(maxsize=256)
-def _regularization(settings: _Settings) -> ActivityRegularization:
-    lam, norm, epsilon, reduction, backend = settings
-    return ActivityRegularization(lam, norm, epsilon=epsilon, reduction=reduction, backend=backend)
+_regularization = functools.lru_cache(maxsize=256)(ActivityRegularization.from_options)
 
 
 # Arrays with values.
@@ -314,57 +254,57 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _penalty(settings: _Settings, x: Any) -> Any:
-    return _value(settings, x)
+def _penalty(options: Options, x: Any) -> Any:
+    return _value(options, x)
 
 
-def _forward(settings: _Settings, x: Any) -> tuple[Any, Any]:
-    return _value(settings, x), x
+def _forward(options: Options, x: Any) -> tuple[Any, Any]:
+    return _value(options, x), x
 
 
-def _backward(settings: _Settings, x: Any, cotangent: Any) -> tuple[Any]:
-    return (_evaluate(settings, None, x, cotangent)[1],)
+def _backward(options: Options, x: Any, cotangent: Any) -> tuple[Any]:
+    return (_evaluate(options, None, x, cotangent)[1],)
 
 
 _penalty.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _value(settings: _Settings, x: Any) -> Any:
+def _value(options: Options, x: Any) -> Any:
     if _is_concrete(x):
-        return _at_once(_regularization(settings), x)
-    (value,) = _called_back(settings, x)
+        return _at_once(_regularization(options), x)
+    (value,) = _called_back(options, x)
     return value
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _evaluate(settings: _Settings, number: float | None, x: Any, scale: Any) -> tuple[Any, Any]:
+def _evaluate(options: Options, number: float | None, x: Any, scale: Any) -> tuple[Any, Any]:
     """Return penalty and gradient; ``scale`` is what multiplies the gradient, about ``number``."""
     if _is_concrete(x) and (number is not None or _is_concrete(scale)):
-        reg = _regularization(settings)
+        reg = _regularization(options)
         return _both_at_once(reg, x, float(scale) if number is None else number)
-    value, gradient = _called_back(settings, x, number, scale)
+    value, gradient = _called_back(options, x, number, scale)
     return value, gradient
 
 
 @_value.defjvp
-def _value_jvp(settings: _Settings, primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _value_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
-    value, gradient = _evaluate(settings, 1.0, x, jnp.ones((), _compute_dtype(x)))
+    value, gradient = _evaluate(options, 1.0, x, jnp.ones((), _compute_dtype(x)))
     return value, _inner(gradient, dx)
 
 
 @_evaluate.defjvp
 def _evaluate_jvp(
-    settings: _Settings, number: float | None, primals: Any, tangents: Any
+    options: Options, number: float | None, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
     (x, scale), (dx, dscale) = primals, tangents
     compute = _compute_dtype(x)
-    results = _evaluate(settings, number, x, scale)
-    _, gradient = _evaluate(settings, 1.0, x, jnp.ones((), compute))
-    bent = _curvature(settings, x.astype(compute), dx.astype(compute)) * scale.astype(compute)
-    turned = bent + gradient.astype(compute) * dscale.astype(compute)
-    return results, (_inner(gradient, dx), turned.astype(x.dtype))
+    results = _evaluate(options, number, x, scale)
+    _, gradient = _evaluate(options, 1.0, x, jnp.ones((), compute))
+    along_x = _hessian_vector_product(options, x.astype(compute), dx.astype(compute))
+    along = along_x * scale.astype(compute) + gradient.astype(compute) * dscale.astype(compute)
+    return results, (_inner(gradient, dx), along.astype(x.dtype))
 
 
 def _inner(gradient: Any, dx: Any) -> Any:
@@ -372,38 +312,44 @@ def _inner(gradient: Any, dx: Any) -> Any:
     return jnp.sum(gradient.astype(compute) * dx.astype(compute))
 
 
-def _curvature(settings: _Settings, x: Any, dx: Any) -> Any:
-    """Return the second derivative of the penalty times ``dx``, in JAX's own arithmetic.
-
-    0 for L1, λ·2·dx for squared L2, also beside L1, λ·(dx − u·⟨u, dx⟩)/‖x‖ with u = x/‖x‖ for L2.
-    """
-    reg = _regularization(settings)
-    lam, _, epsilon = constants_of(reg, x.dtype, count_of(reg.reduction, x.shape))
-    if settings.norm is ActivityNorm.L1 or not x.size:
+def _hessian_vector_product(options: Options, x: Any, dx: Any) -> Any:
+    """Return the second derivative of the penalty times ``dx``, in JAX's own arithmetic."""
+    if not x.size:
         return jnp.zeros_like(dx)
-    if settings.norm is ActivityNorm.L2_SQUARED:
-        return lam * 2 * dx
-    if settings.norm is ActivityNorm.L1_L2_SQUARED:
-        return lam[1] * 2 * dx
+    lam, _, epsilon = constants_of(options, x.dtype, count_of(options.reduction, x.shape))
+    lams = tuple(jnp.asarray(each, x.dtype) for each in lam)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x)))
-    unit = jnp.where(largest > 0, largest, 1)  # so that squares stay in range
-    square = jnp.sum(jnp.square(x / unit))
-    has_gradient = unit * jnp.sqrt(jax.lax.stop_gradient(square)) > math.sqrt(epsilon)
-    square = jnp.where(has_gradient, square, 1)  # or the untaken branch would have a NaN derivative
-    along = (x / unit) * (jnp.sum((x / unit) * dx) / square)
-    return jnp.where(has_gradient, lam * (dx - along) / (unit * jnp.sqrt(square)), 0)
+    usual = (largest >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest)
+    unit = jnp.where(usual, largest, 1)
+
+    def gradient(x: Any) -> Any:
+        return gradient_expression(options.norm, x, unit, lams, epsilon, jnp.where)
+
+    return jax.jvp(gradient, (x,), (dx,))[1]
 
 
-def _called_back(settings: _Settings, x: Any, *scale: Any) -> Any:
+@sqrt.register(jax.Array)
+@sqrt.register(jax.core.Tracer)
+def _(value: Any) -> Any:
+    return jnp.sqrt(value)
+
+
+@signed_by_type.register(jax.Array)
+@signed_by_type.register(jax.core.Tracer)
+def _(x: Any, a: Any) -> Any:
+    return jnp.where(x > 0, a, jnp.where(x < 0, -a, 0))
+
+
+def _called_back(options: Options, x: Any, *scale: Any) -> Any:
     """Return the penalty alone, or with ``scale``, as ``number, scale``, the gradient, too."""
     number, *traced = scale or (None,)
-    call = _callback(settings, x.shape, x.dtype, number, bool(scale))
+    call = _callback(options, x.shape, x.dtype, number, bool(scale))
     return call(x, *traced) if number is None else call(x)
 
 
 @functools.lru_cache(maxsize=256)  # JAX compiles anew for what is not the same function
 def _callback(
-    settings: _Settings,
+    options: Options,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     number: float | None,
@@ -411,11 +357,11 @@ def _callback(
 ) -> Callable[..., Any]:
     """Return the function of traced arrays that computes on the host."""
     kept = _subnormals_kept()
-    from actreg_dispatch.backends.numba_cpu import clear  # so Numba can run here
-
-    reg = _regularization(settings)
+    clear = get_backend("numba").clear  # which can run here, as kept can
+    reg = _regularization(options)
     # What the choice of a backend may raise is raised here; a callback must not.
-    _regularization(settings._replace(lam=0.0)).penalty(np.empty(0, dtype))
+    zeros = (0.0,) * len(options.lam)
+    _regularization(options._replace(lam=zeros)).penalty(np.empty(0, dtype))
     compute = compute_dtype(dtype)
     results = [jax.ShapeDtypeStruct((), compute)]
     if with_gradient:

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from actreg_dispatch.dtypes import compute_dtype
 from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import compute_dtype
 
 __all__ = ["binary64", "exact_result", "exact_sum", "root_of", "rounded"]
 
 
 def exact_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Fraction:
-    """Return Σ|x| for ``L1``, Σx² for ``L2`` and ``L2_SQUARED``, without rounding.
+    """Return Σ|x| for ``L1``, Σx² for the others, without rounding.
 
     ``activations`` must be finite.
     """
@@ -57,6 +57,8 @@ def exact_result(
     compute = compute_dtype(activations.dtype)
     assert compute is not None
     real = compute.type
+    if norm is ActivityNorm.HOYER:
+        return _hoyer(np.asarray(activations).astype(compute), gradients, lam, lam * scale)
     if norm is ActivityNorm.L1_L2_SQUARED:
         pair = lam if isinstance(lam, tuple) else (lam, lam)
         terms = [(ActivityNorm.L1, pair[0]), (ActivityNorm.L2_SQUARED, pair[1])]
@@ -76,14 +78,44 @@ def exact_result(
                 size += binary64(Fraction(float(real(factor))) * total)
                 steps.append((strength * real(2.0)) * x)
             else:
-                root = binary64(root_of(total))
-                size += float(real(factor)) * root
+                root = _operation(root_of(total))  # which may be beyond binary64, λ times it not
+                size += binary64(Fraction(float(real(factor))) * root)
                 if total <= limit:
                     return real(size), gradients.copy()
-                steps.append((strength * x) / real(root))
+                steps.append((strength * x) / real(binary64(root)))
         updated = gradients.copy()
         updated[...] = updated.astype(compute) + sum(steps[1:], start=steps[0])
         return real(size), updated
+
+
+def _hoyer(
+    x: np.ndarray[Any, Any], gradients: np.ndarray[Any, Any], lam: float, gradient_lam: float
+) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
+    """Do :func:`exact_result` for λ·(Σ|x|)²/Σx²."""
+    real = x.dtype.type
+    total, squares = (
+        rounded(exact_sum(x, norm), 53) for norm in (ActivityNorm.L1, ActivityNorm.L2_SQUARED)
+    )
+    if not total:
+        return real(0.0), gradients.copy()
+    with np.errstate(all="ignore"):
+        factor, strength = (Fraction(float(real(each))) for each in (lam, gradient_lam))
+        ratio = _operation(total / squares)
+        size = _operation(factor * _operation(total * ratio))
+        outer = real(binary64(_operation(_operation(strength + strength) * ratio)))
+        inner = real(binary64(ratio))
+        sign = np.where(x > 0, outer, np.where(x < 0, -outer, real(0.0)))
+        updated = gradients.copy()
+        updated[...] = updated.astype(x.dtype) + (sign - outer * (inner * x))
+        return real(binary64(size)), updated
+
+
+def _operation(value: Fraction) -> Fraction:
+    """Round the result of an operation: to binary64, or to 53 bits where that has 0 or infinity."""
+    nearest = binary64(value)
+    if math.isfinite(nearest) and (nearest or not value):
+        return Fraction(nearest)
+    return rounded(value, 53) if value > 0 else -rounded(-value, 53)
 
 
 def rounded(value: Fraction, bits: int) -> Fraction:
@@ -110,4 +142,4 @@ def binary64(value: Fraction) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf
+        return math.inf if value > 0 else -math.inf

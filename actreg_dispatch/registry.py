@@ -15,16 +15,15 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from actreg_dispatch.backend import Backend
 from actreg_dispatch.errors import BackendUnavailableError, UnknownBackendError
-from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import PairedSum, PartialSum
 from actreg_dispatch.runtime.threads import lock_over_fork
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "NUMPY",
     "RAW_ENVIRONMENT",
     "RAW_KEY",
-    "Backend",
     "array_type_of",
     "asked_by_context",
     "available_backends",
@@ -66,79 +64,6 @@ LIBRARIES = {
 REFERENCE = "numpy"  # the backend that takes any byte order and alignment
 
 logger = logging.getLogger("actreg_dispatch")
-
-
-class Backend(Protocol):
-    """What a backend is: four operations on the arrays it takes, and whether it can run here.
-
-    Any object will do; the ones that come with the package are modules. Arguments are checked
-    before a backend sees them: ``activations`` is an array of the registered type whose dtype is
-    in ``dtypes``, and a NumPy array is a plain ndarray, aligned unless the backend is the
-    reference. ``gradients`` is a writable one of the same shape and dtype that shares no memory
-    with it, on the same device. ``lam``, λ of the penalty, and ``strength``, λ of the gradient, are
-    floats that the compute dtype T holds exactly; ``strength`` may be negative, infinite or NaN.
-    For ``L1_L2_SQUARED`` either is a tuple of two.
-
-    A backend for NumPy arrays may also have a function ``express(norm, dtype, size, *, writes)``,
-    which makes calls on small arrays cheap. It returns None, or a function that does a whole call
-    on contiguous arrays of one axis, unchecked ones. That takes activations, gradients, λ of the
-    penalty, λ of the gradient (neither rounded to T yet) and epsilon (NaN for the default), and
-    returns the penalty as a float, :data:`~actreg_dispatch.rounding.REFUSED` or
-    :data:`~actreg_dispatch.rounding.UNDECIDED`. Where ``writes`` is false the gradients are the
-    activations again, to be left alone. Another, ``express_all``, does many layers at once, see
-    :func:`actreg_dispatch.backends.many_arrays.express_all`.
-
-    A backend for CuPy arrays may have a function ``apply_many``, which does the same for layers
-    that have been checked, see :func:`actreg_dispatch.backends.many_cupy_arrays.apply_many`.
-    """
-
-    @property
-    def name(self) -> str:
-        """The name that the backend is registered under."""
-
-    @property
-    def dtypes(self) -> Container[np.dtype[Any]]:
-        """The dtypes, byte order included, that the backend takes natively."""
-
-    @property
-    def unavailable_because(self) -> str:
-        """Why the backend cannot run here; empty when it can."""
-
-    def is_available(self) -> bool:
-        """Whether the backend can run here. Never raises, never slow twice."""
-
-    def partial_sum(self, activations: Any, norm: ActivityNorm) -> PartialSum | PairedSum:
-        """Return Σ|x| for ``L1``, Σx² for ``L2`` and ``L2_SQUARED``, exactly, on the host.
-
-        For ``L1_L2_SQUARED``, return both.
-        """
-
-    def penalty(self, activations: Any, norm: ActivityNorm, lam: Any) -> Any:
-        """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
-
-    def apply(
-        self,
-        activations: Any,
-        gradients: Any,
-        norm: ActivityNorm,
-        lam: Any,
-        strength: Any,
-        epsilon: float,
-    ) -> Any:
-        """Add the gradient to ``gradients`` in place and return the penalty.
-
-        For ``L2`` nothing is added where the sum of squares is at most ``epsilon``.
-        """
-
-    def add_gradient(
-        self,
-        activations: Any,
-        gradients: Any,
-        norm: ActivityNorm,
-        strength: Any,
-        divisor: float,
-    ) -> None:
-        """Add the gradient to ``gradients`` in place; ``divisor`` is the ‖x‖ of L2, in T."""
 
 
 @dataclass
@@ -221,10 +146,13 @@ def why_unavailable(name: str) -> str:
 
 def _load(entry: _Entry) -> str:
     try:
-        entry.backend = entry.load()
-        if entry.backend.is_available():
+        backend = entry.load()
+        if not isinstance(backend, Backend):
+            raise TypeError(f"{backend!r} is not derived from actreg_dispatch.Backend")
+        entry.backend = backend
+        if backend.is_available():
             return ""
-        reason = entry.backend.unavailable_because
+        reason = backend.unavailable_because
     except (RecursionError, MemoryError):  # which says nothing about the backend
         raise
     except Exception as error:  # a broken installation must not break the other backends
@@ -477,24 +405,24 @@ def _by_array_type(array_type: str, dtype: np.dtype[Any]) -> str:
 
 
 def _module(name: str) -> Callable[[], Backend]:
-    """Return a loader of one of the package's own backends, each a module."""
+    """Return a loader of one of the package's own backends."""
 
     def load() -> Backend:
-        return importlib.import_module(f"actreg_dispatch.backends.{name}")
+        return importlib.import_module(f"actreg_dispatch.backends.{name}").BACKEND  # type: ignore[no-any-return]
 
     return load
 
 
 register_backend(
     "numba",
-    _module("numba_cpu"),
+    _module("numba"),
     array_type=NUMPY,
     install="Install it with: python -m pip install numba",
 )
 register_backend(REFERENCE, _module("reference"), array_type=NUMPY)
 register_backend(
     "cupy",
-    _module("cupy_cuda"),
+    _module("cuda"),
     array_type=CUPY,
     install=(
         "On a machine with an NVIDIA GPU and driver, install CuPy for its CUDA version with:"

@@ -5,14 +5,19 @@ A library is known here by the dotted name of its array type.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 
+from actreg_dispatch.backend import Backend
+from actreg_dispatch.norms import Norm
 from actreg_dispatch.registry import CUPY, NUMPY
+from actreg_dispatch.sums.exact import Total
 
-__all__ = ["move", "write_back", "zeros_like"]
+__all__ = ["MovingBackend", "move", "on_device_of", "zeros_like"]
 
 
 def move(array: Any, source: str, target: str) -> Any:
@@ -38,23 +43,87 @@ def move(array: Any, source: str, target: str) -> Any:
     return cupy.asarray(np.asarray(array, array.dtype.newbyteorder("="), order="C"))
 
 
-def write_back(values: Any, source: str, destination: Any, target: str) -> None:
-    """Overwrite ``destination``, of type ``target``, with ``values``, of type ``source``."""
-    if target == NUMPY:
-        destination[...] = move(values, source, target)
-    else:
-        with destination.device:
-            destination[...] = move(values, source, target)
+class MovingBackend(Backend):
+    """A backend for arrays of type ``source``, which computes on moved copies of them.
+
+    Parameters
+    ----------
+    backend : Backend
+        What computes.
+    source, target : str
+        The array type of the caller, and that of ``backend``.
+    """
+
+    def __init__(self, backend: Backend, source: str, target: str) -> None:
+        self._backend, self._source, self._target = backend, source, target
+        self.name = backend.name
+        self.dtypes: Container[np.dtype[Any]] = backend.dtypes
+
+    def partial_sum(self, activations: Any, norm: Norm) -> Total:
+        """Return the exact sum, or both."""
+        return self._backend.partial_sum(self._moved(activations), norm)
+
+    def penalty(self, activations: Any, norm: Norm, lam: tuple[float, ...]) -> Any:
+        """Return the penalty as the caller's own kind of scalar."""
+        return self._returned(
+            self._backend.penalty(self._moved(activations), norm, lam), activations
+        )
+
+    def apply(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        lam: tuple[float, ...],
+        gradient_lam: tuple[float, ...],
+        epsilon: float,
+    ) -> Any:
+        """Add the gradient to a copy, write it back, and return the penalty."""
+        moved = self._moved(gradients)
+        result = self._backend.apply(
+            self._moved(activations), moved, norm, lam, gradient_lam, epsilon
+        )
+        self._write_back(moved, gradients)
+        return self._returned(result, activations)
+
+    def add_gradient(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        gradient_lam: tuple[float, ...],
+        coefficients: tuple[float, ...],
+    ) -> None:
+        """Add the gradient to a copy and write it back."""
+        moved = self._moved(gradients)
+        self._backend.add_gradient(
+            self._moved(activations), moved, norm, gradient_lam, coefficients
+        )
+        self._write_back(moved, gradients)
+
+    def _moved(self, array: Any) -> Any:
+        return move(array, self._source, self._target)
+
+    def _write_back(self, values: Any, destination: Any) -> None:
+        with on_device_of(destination, self._source):
+            destination[...] = move(values, self._target, self._source)
+
+    def _returned(self, result: Any, activations: Any) -> Any:
+        with on_device_of(activations, self._source):
+            return move(result, self._target, self._source)[()]
 
 
-def zeros_like(array: Any, kind: str) -> Any:
+def on_device_of(array: Any, array_type: str) -> Any:
+    """Return a context in which new arrays of type ``array_type`` are where ``array`` is."""
+    return array.device if array_type == CUPY else contextlib.nullcontext()
+
+
+def zeros_like(array: Any, array_type: str) -> Any:
     """Return zeros of the shape, dtype, order and device of ``array``."""
-    if kind not in (NUMPY, CUPY):
+    if array_type not in (NUMPY, CUPY):
         if not hasattr(array, "__array_namespace__"):  # of the array API standard
-            raise TypeError(f"a gradient for a {kind} cannot be made; pass an array as out")
+            raise TypeError(f"a gradient for a {array_type} cannot be made; pass an array as out")
         return array.__array_namespace__().zeros_like(array)
     order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-    if kind == NUMPY:
-        return np.zeros(array.shape, array.dtype, order)
-    with array.device:
-        return sys.modules["cupy"].zeros(array.shape, array.dtype, order)
+    with on_device_of(array, array_type):
+        return sys.modules[array_type.partition(".")[0]].zeros(array.shape, array.dtype, order)

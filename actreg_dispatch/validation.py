@@ -7,55 +7,19 @@ same for an array on a device as for one on the host and wait for nothing.
 from __future__ import annotations
 
 import math
-import numbers
 import sys
 from typing import Any
 
 import numpy as np
 
+from actreg_dispatch.dtypes import COMPUTE_DTYPES, compute_dtype
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import CUPY, LIBRARIES, NUMPY, array_type_of
-from actreg_dispatch.rounding import COMPUTE_DTYPES, compute_dtype
 
-__all__ = ["check_activations", "check_apart", "check_gradients", "check_number", "check_real"]
+__all__ = ["check_activations", "check_apart", "check_gradients"]
 
 # np.shares_memory solves a bounded Diophantine equation; this many steps take about 0.1 s.
 _OVERLAP_WORK: Any = 1_000_000
-
-
-def check_number(name: str, value: Any) -> float:
-    """Return ``value`` as a Python float if it is a finite real number >= 0.
-
-    Raises
-    ------
-    TypeError
-        If it is no real number, naming the argument ``name``.
-    ValueError
-        If it is negative, infinite or NaN.
-    """
-    advice = f"pass a real number >= 0 and finite for {name}"
-    number = check_real(name, value, advice)
-    if not (number >= 0.0 and math.isfinite(number)):
-        raise ValueError(f"{name}={number!r} is out of range; {advice}")
-    return number + 0.0  # -0.0 becomes 0.0
-
-
-def check_real(name: str, value: Any, advice: str) -> float:
-    """Return ``value`` as a Python float if it is a real number, be it infinite or NaN.
-
-    Raises
-    ------
-    TypeError
-        If it is no real number, naming the argument ``name`` and giving ``advice``.
-    """
-    if type(value) is np.ndarray and value.ndim == 0:
-        value = value[()]
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}")
-    try:
-        return float(value)
-    except OverflowError:
-        return -math.inf if value < 0 else math.inf
 
 
 def _checked(name: str, array: Any) -> tuple[str, Any]:
@@ -127,13 +91,14 @@ def check_activations(activations: Any, name: str = "activations") -> tuple[str,
 def check_gradients(
     activations: Any,
     gradients: Any,
-    kind: str,
+    array_type: str,
     name: str = "gradients",
     beside: str = "activations",
 ) -> Any:
     """Return ``gradients`` as a plain array to which the gradient can be added.
 
-    ``kind`` and ``activations``, named ``beside``, are what :func:`check_activations` returned.
+    ``array_type`` and ``activations``, named ``beside``, are what :func:`check_activations`
+    returned.
 
     Raises
     ------
@@ -144,9 +109,9 @@ def check_gradients(
         on another device, or on a device and not aligned.
     """
     other = array_type_of(type(gradients))
-    if other not in (None, kind):
+    if other not in (None, array_type):
         raise MixedArraysError(
-            f"{beside} are a {kind} but {name} are a {other}; move one of them, "
+            f"{beside} are a {array_type} but {name} are a {other}; move one of them, "
             f"no data is moved unasked"
         )
     _, gradients = _checked(name, gradients)
@@ -160,14 +125,14 @@ def check_gradients(
             f"{name} have shape {gradients.shape} but {beside} have {activations.shape}; "
             f"shapes must be equal, nothing is broadcast"
         )
-    if kind == CUPY and activations.device != gradients.device:
+    if array_type == CUPY and activations.device != gradients.device:
         raise ValueError(
             f"{name} are on {gradients.device} but {beside} on {activations.device}; "
             f"move one of them, no data is moved unasked"
         )
     if not getattr(getattr(gradients, "flags", None), "writeable", True):
         raise ValueError(f"{name} are read-only; pass a writable array, such as {name}.copy()")
-    if math.prod(gradients.shape) == 0 or kind not in (NUMPY, CUPY):
+    if math.prod(gradients.shape) == 0 or array_type not in (NUMPY, CUPY):
         return gradients  # where arrays of other libraries lie is for their backend to know
     write = _described(gradients)
     if _overlaps_itself(write):

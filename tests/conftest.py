@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -189,13 +190,21 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Run Python code in a fresh process, elsewhere, and return what it printed."""
+    """Run Python code in a fresh process, elsewhere, and return what it printed.
+
+    It imports the checkout, as the tests do, whose kernels are in the cache.
+    """
     elsewhere = tmp_path_factory.mktemp("elsewhere")
+    checkout = str(Path(__file__).parent.parent)
 
     def run(*arguments: str, check: bool = True, timeout: float = 300, **environment: str) -> Any:
+        path = filter(None, [environment.get("PYTHONPATH"), checkout])
         done = subprocess.run(
             [sys.executable, *arguments],
-            env=os.environ | {"PYTHONUTF8": "1"} | environment,
+            env=os.environ
+            | {"PYTHONUTF8": "1"}
+            | environment
+            | {"PYTHONPATH": os.pathsep.join(path)},
             cwd=elsewhere,
             capture_output=True,
             text=True,

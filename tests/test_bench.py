@@ -215,7 +215,7 @@ def test_first_calls_are_faster_with_a_full_cache():
 def test_the_number_of_threads_is_a_limit(python, tmp_path):
     options = ["--sizes", "10", "--dtypes", "float32", "--norms", "l1", "--repeats", "1"]
     options += ["--peers", "--threads", "1", "--json", str(tmp_path / "r.json")]
-    python("-m", "benchmarks", *options, PYTHONPATH=str(ROOT))
+    python("-m", "benchmarks", *options)
     assert json.loads((tmp_path / "r.json").read_text())["machine"]["threads"] == 1
 
 
@@ -240,7 +240,7 @@ def test_what_is_missing_is_named_before_the_work(python, missing):
     code = f"import sys; sys.modules[{missing!r}] = None; import benchmarks.__main__ as m; "
     options = ["--dtypes", "bfloat16", "--png", "picture.png"]
     code += f"sys.exit(m.main({options}))"
-    done = python("-c", code, check=False, PYTHONPATH=str(ROOT))
+    done = python("-c", code, check=False)
     assert done.returncode == 2
     assert f"the benchmark needs {missing}" in done.stderr
     assert "python -m pip install '.[bench]'" in done.stderr
@@ -248,7 +248,7 @@ def test_what_is_missing_is_named_before_the_work(python, missing):
 
 def test_the_routes_are_compared_with_the_call_for_arrays(python):
     options = ["--sizes", "1000", "1_000_000", "--repeats", "1", "--only", "`"]
-    done = python("-m", "benchmarks.routes", *options, PYTHONPATH=str(ROOT))
+    done = python("-m", "benchmarks.routes", *options)
     head, rule, *rows = done.stdout.splitlines()
     assert head == "| elements | 1,000 | 1,000,000 |"
     assert rule == "| --- | ---: | ---: |"

@@ -17,7 +17,7 @@ CODE = """
 import json
 import numpy as np
 from actreg_dispatch import ActivityRegularization
-from actreg_dispatch.backends import compiling
+from actreg_dispatch.backends.numba import compiling
 x = np.arange(5, dtype=np.float32)
 penalty = float(ActivityRegularization.l1(0.5).penalty(x))
 hits = [sum(k.stats.cache_hits.values()) for k in compiling.KERNELS.values()]
@@ -88,14 +88,14 @@ def test_processes_may_fill_the_cache_at_once(tmp_path):
     assert [json.loads(text)[0] for text in printed] == [5.0] * 4
 
 
-@pytest.mark.parametrize("file", ["rounding.py", "backends/numba_rows.py"])
+@pytest.mark.parametrize("file", ["sums/certified.py", "backends/numba/rows.py"])
 def test_new_arithmetic_is_a_new_entry(python, tmp_path, file):
     """Also where a process compiles the old one after it has been edited."""
     package = Path(actreg_dispatch.__file__).parent
     copy = tmp_path / "copy" / package.name
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("__pycache__"))
     edit = f"""
-import actreg_dispatch.backends.numba_cpu
+import actreg_dispatch.backends.numba
 with open({str(copy / file)!r}, "a") as edited:
     edited.write("# edited")
 """

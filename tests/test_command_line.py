@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
-import types
 
 import numpy as np
 import pytest
 
 from actreg_dispatch import __version__, registry
-from actreg_dispatch.backends import reference
+from actreg_dispatch.backends.reference import ReferenceBackend
 from actreg_dispatch.cli import main
 
 # The demo.
@@ -25,8 +24,8 @@ def outcomes():
 
 def test_sparsity_rises_with_lam(outcomes):
     plain, *rest = outcomes
-    for norm in ("l1", "l2_squared"):
-        chosen = [plain, *(o for o in rest if o.regularization.norm.value == norm)]
+    for norm in ("l1", "l2_squared", "hoyer"):
+        chosen = [plain, *(o for o in rest if o.regularization.norm == norm)]
         assert len(chosen) >= 5
         lams = [o.regularization.lam for o in chosen]
         assert lams == sorted(lams)
@@ -52,9 +51,9 @@ def test_the_demo_prints_a_table_and_writes_a_picture(tmp_path, monkeypatch, cap
     out = tmp_path / "picture.png"
     assert main(["demo", "--epochs", "1", "--seed", "3", "--out", str(out)]) == 0
     told = capsys.readouterr().out
-    for heading in ("norm", "λ", "error", "at zero", "active units", "penalty", "training 11"):
+    for heading in ("norm", "λ", "error", "at zero", "active units", "penalty", "training 16"):
         assert heading in told
-    assert len(re.findall(r"^│ (?:none|L1|squared L2) ", told, re.MULTILINE)) == 11
+    assert len(re.findall(r"^│ (?:none|L1|squared L2|Hoyer-square) ", told, re.MULTILINE)) == 16
     assert out.read_bytes().startswith(b"\x89PNG")
     assert out.stat().st_size > 20_000
 
@@ -159,16 +158,18 @@ def test_the_doctor_fails_where_the_variable_leads_nowhere(monkeypatch, register
 
 @pytest.mark.parametrize("wrong", ["penalty", "gradient", "raises"])
 def test_the_doctor_fails_a_wrong_backend(registered, monkeypatch, capsys, wrong):
-    def apply(activations, gradients, *options):
-        if wrong == "raises":
-            raise OSError("the wire is cut")
-        penalty = reference.apply(activations, gradients, *options)
-        if wrong == "gradient":
-            gradients[-1:] = np.nextafter(gradients[-1:], 9)
-        return np.nextafter(penalty, type(penalty)(9)) if wrong == "penalty" else penalty
+    class Wrong(ReferenceBackend):
+        name = "wrong"
 
-    module = types.SimpleNamespace(**vars(reference) | {"name": "wrong", "apply": apply})
-    registry.register_backend("wrong", lambda: module, array_type="numpy.ndarray")
+        def apply(self, activations, gradients, *options):
+            if wrong == "raises":
+                raise OSError("the wire is cut")
+            penalty = super().apply(activations, gradients, *options)
+            if wrong == "gradient":
+                gradients[-1:] = np.nextafter(gradients[-1:], 9)
+            return np.nextafter(penalty, type(penalty)(9)) if wrong == "penalty" else penalty
+
+    registry.register_backend("wrong", Wrong, array_type="numpy.ndarray")
     assert main(["doctor"]) == 1
     told = capsys.readouterr().out
     assert "wrong  FAILED its self-test: " in told

@@ -7,24 +7,37 @@ CUDA device (``SOFTGPU``) that executes the kernels' PTX; a GPU would need its m
 from __future__ import annotations
 
 import json
+import math
 import os
 import types
+from fractions import Fraction
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from actreg_dispatch import ActivityNorm, ActivityRegularization, use_backend
-from actreg_dispatch.oracle import exact_result
+from actreg_dispatch import ActivityRegularization, use_backend
+from actreg_dispatch import norms as norms_module
+from actreg_dispatch.norms import NORMS, Norm, signed, sqrt
+from actreg_dispatch.sums.extended import Extended
 
-norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
+norms = pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.name)
 dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+
+
+def on_host(values, gradients, norm, lam, **options):
+    """Return penalty and updated gradients by the reference, which other tests hold to be right."""
+    updated = gradients.copy()
+    reg = ActivityRegularization(lam, norm.name, backend="numpy", **options)
+    return reg.apply(values, updated), updated
+
 
 SIZE = 100_000
 PROFILE = """
 import json, os
 import cupy, numpy as np, ml_dtypes
-from actreg_dispatch import ActivityNorm, ActivityRegularization
+from actreg_dispatch import ActivityRegularization
+from actreg_dispatch.norms import NORMS
 
 found = {}
 def record(name, call):
@@ -48,10 +61,10 @@ for dtype in ("float16", "bfloat16", "float32", "float64"):
         elif layout == "transposed":
             g = g[:, :, :2].transpose(1, 2, 0)
         assert x.shape == g.shape and x.size == SIZE
-        for norm in ActivityNorm:
+        for norm in NORMS:
             reg = ActivityRegularization(0.1, norm)
-            record(f"apply {norm.value} {dtype} {layout}", lambda: reg.apply(x, g))
-            record(f"penalty {norm.value} {dtype} {layout}", lambda: reg.penalty(x))
+            record(f"apply {norm} {dtype} {layout}", lambda: reg.apply(x, g))
+            record(f"penalty {norm} {dtype} {layout}", lambda: reg.penalty(x))
 print(json.dumps(found))
 """
 
@@ -63,7 +76,7 @@ def profile(cupy, python, tmp_path_factory):
         pytest.skip("only a software device counts bytes")
     file = tmp_path_factory.mktemp("profile") / "profile.json"
     file.touch()
-    done = python("-c", f"SIZE = {SIZE}\n{PROFILE}", SOFTGPU_PROFILE=str(file))
+    done = python("-c", f"SIZE = {SIZE}\n{PROFILE}", timeout=1200, SOFTGPU_PROFILE=str(file))
     return json.loads(done.stdout)
 
 
@@ -73,14 +86,14 @@ def profile(cupy, python, tmp_path_factory):
 @pytest.mark.parametrize("layout", ["contiguous", "channels", "transposed"])
 @pytest.mark.parametrize("operation", ["apply", "penalty"])
 def test_memory_is_passed_once_and_the_host_never_waits(profile, operation, norm, dtype, layout):
-    events = profile[f"{operation} {norm.value} {dtype} {layout}"]
+    events = profile[f"{operation} {norm.name} {dtype} {layout}"]
     assert [event for event in events if "launch" not in event] == []  # no copy, no wait
-    twice = operation == "apply" and norm is ActivityNorm.L2
+    twice = operation == "apply" and norm.two_pass
     assert len(events) == 2 + twice
     moved = sum(event["loaded"] + event["stored"] for event in events)
     accesses = {"penalty": 1, "apply": 3}[operation] + twice
     itemsize = 8 if dtype == "float64" else 4 if dtype == "float32" else 2
-    sums = 1 + (norm is ActivityNorm.L1_L2_SQUARED)
+    sums = len(norm.terms)
     assert accesses <= moved / (SIZE * itemsize) <= (1.01 + 0.01 * sums) * accesses
     assert sum(event["atomic"] for event in events) <= 0.01 * sums * moved
     if layout == "contiguous":
@@ -92,7 +105,7 @@ def test_scratch_memory_is_small_comes_from_the_allocator_and_is_given_back(cupy
     x, g = cupy.ones(10_000, np.float32), cupy.zeros(10_000, np.float32)
     pool = cupy.cuda.MemoryPool()
     with cupy.cuda.using_allocator(pool.malloc):
-        penalty = ActivityRegularization(0.1, norm).apply(x, g)
+        penalty = ActivityRegularization(0.1, norm.name).apply(x, g)
     assert 0 < pool.total_bytes() < 2**20
     assert pool.used_bytes() == penalty.data.mem.size
     del penalty
@@ -114,22 +127,29 @@ class Elsewhere:
 @norms
 @pytest.mark.parametrize("operation", ["apply", "penalty", "partial_sum", "add_gradient"])
 def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation):
-    from actreg_dispatch.backends import cupy_cuda
+    from actreg_dispatch.backends import cuda
+    from actreg_dispatch.backends.cuda.kernels import kernels_of
 
     here, elsewhere, seen = cupy.ones(3, np.float32), Elsewhere(), []
     array = types.SimpleNamespace(
         device=elsewhere, dtype=here.dtype, itemsize=4, strides=(4,), data=here.data, size=3
     )
-    for name in ("_launch", "_FINISH", "_FINISH_BOTH", "_FINISH_L2"):
-        monkeypatch.setattr(cupy_cuda, name, lambda *_, **__: seen.append(elsewhere.is_current))
+
+    def launched(*_, **__):
+        seen.append(elsewhere.is_current)
+
+    monkeypatch.setattr(cuda, "launch", launched)
+    kernels = kernels_of(norm)._replace(finish=launched)
+    monkeypatch.setattr(cuda, "kernels_of", lambda norm: kernels)
+    lam = (0.5,) * norm.n_lams
     options = {
-        "apply": (array, norm, (0.5, 0.5), 0.5, 0.0),
-        "penalty": (norm, (0.5, 0.5)),
+        "apply": (array, norm, lam, lam, 0.0),
+        "penalty": (norm, lam),
         "partial_sum": (norm,),
-        "add_gradient": (array, norm, 0.5, 1.0),
+        "add_gradient": (array, norm, lam, (1.0,) * norm.n_coefficients),
     }
-    getattr(cupy_cuda, operation)(array, *options[operation])
-    assert seen
+    getattr(cuda.BACKEND, operation)(array, *options[operation])
+    assert len(seen) == {"apply": 2 + norm.two_pass, "penalty": 2}.get(operation, 1)
     assert all(seen)
     assert not elsewhere.is_current
 
@@ -143,7 +163,7 @@ def test_the_current_stream_is_used(cupy, norm, stream):
         "per thread": lambda: cupy.cuda.Stream.ptds,
     }
     x, g = cupy.zeros(4099, np.float32), cupy.ones(4099, np.float32)
-    reg = ActivityRegularization(0.5, norm)
+    reg = ActivityRegularization(0.5, norm.name)
     values = np.random.default_rng(0).normal(size=4099).astype(np.float32)
     slow = cupy.ElementwiseKernel(
         "T value",
@@ -159,7 +179,7 @@ def test_the_current_stream_is_used(cupy, norm, stream):
         slow(source, x)
         penalty = reg.apply(x, g)
         found, updated = penalty.get(), g.get()
-    expected, gradients = exact_result(values, np.ones_like(values), norm, 0.5)
+    expected, gradients = on_host(values, np.ones_like(values), norm, 0.5)
     assert found.tobytes() == expected.tobytes()
     assert updated.tobytes() == gradients.tobytes()
 
@@ -190,14 +210,19 @@ def test_a_call_can_be_captured_into_a_graph(cupy):
     assert_array_equal(g.get(), once + once + once)
 
 
-@pytest.mark.parametrize("kernel", ["_SUM_SQUARES", "_APPLY_L1", "_APPLY_L2_SQUARED", "_UPDATE_L2"])
-def test_indices_have_64_bits(cupy, kernel):
+@pytest.mark.xdist_group("memory")  # of several gigabytes
+@norms
+@pytest.mark.parametrize("kind", ["sum", "apply", "update"])
+def test_indices_have_64_bits(cupy, norm, kind):
     """Elements 2**31 and 2**32 apart, of views that are larger than any memory.
 
     Three rows of 2**31 elements overlap, all but the first of each, which alone are visited.
     """
-    from actreg_dispatch.backends import cupy_cuda
+    from actreg_dispatch.backends.cuda.kernels import COUNTERS, kernels_of
 
+    kernel = getattr(kernels_of(norm), kind)
+    if kernel is None:
+        return
     threads, far = 256, 2**31
     rng = np.random.default_rng(0)
     values = rng.normal(size=(3, threads)).astype(np.float32)
@@ -205,24 +230,51 @@ def test_indices_have_64_bits(cupy, kernel):
     x, g = (
         cupy.lib.stride_tricks.as_strided(array, (3, far), array.strides) for array in (rows, room)
     )
-    digits = cupy.zeros(cupy_cuda.PLACES + 2, np.int64)
-    extra = (cupy.asarray(2.0, np.float32),) if kernel == "_UPDATE_L2" else (digits,)
-    extra += () if kernel == "_SUM_SQUARES" else (g,)
-    launch = getattr(cupy_cuda, kernel)
-    launch(x, 3 * far, far, 0.5, 0.0, *extra, size=threads, block_size=threads)
-    lam = np.float32(0.5)
-    expected = {
-        "_SUM_SQUARES": 0 * values,
-        "_APPLY_L1": lam * np.sign(values),
-        "_APPLY_L2_SQUARED": lam * 2 * values,
-        "_UPDATE_L2": lam * values / np.float32(2),
-    }[kernel]
-    assert_array_equal(room.get(), expected)
-    if kernel == "_SUM_SQUARES":
-        norm = ActivityNorm.L2_SQUARED
-        total = cupy_cuda._results(norm, np.dtype("f4"))
-        cupy_cuda._finish(norm, digits, 1.0, 0.0, total)
-        assert total[0].get() == exact_result(values, values, norm, 1.0)[0]
+    words, lam = cupy.zeros(len(norm.terms) * COUNTERS, np.int64), (0.5,) * norm.n_lams
+    two = cupy.asarray(2.0, np.float32)
+    known = [two] * norm.n_coefficients + [cupy.ones((), bool)] * norm.two_pass
+    extra = {"sum": (words,), "apply": (*lam, words, g), "update": (*lam, *known, g)}[kind]
+    kernel(x, 3 * far, far, *extra, size=threads, block_size=threads)
+    if kind == "sum":
+        assert not room.any()
+    else:
+        lam = tuple(map(np.float32, lam))
+        expected = norm.gradient(values, lam, (np.float32(2),) * norm.n_coefficients)
+        assert_array_equal(room.get(), expected)
+    if kind != "update":
+        alone = cupy.zeros_like(words)
+        kernels_of(norm).sum(rows, values.size, threads, alone, size=threads, block_size=threads)
+        assert_array_equal(words.get(), alone.get())
+
+
+def test_a_subnormal_coefficient_reaches_the_device(cupy):
+    values = np.array([3e-42, 0.0], np.float32)
+    expected = on_host(values, np.zeros_like(values), NORMS["l2"], 0.5, epsilon=0)[1]
+    reg, x, g = ActivityRegularization(0.5, "l2", epsilon=0), *map(cupy.asarray, (values, expected))
+    g[...] = 0
+    reg.add_gradient(x, g, reg.partial_sum(x))
+    assert g.get().tobytes() == expected.tobytes()
+    assert g.get()[0] > 0
+
+
+def test_a_norm_of_elsewhere_has_kernels_whatever_its_name(cupy, monkeypatch):
+    monkeypatch.setattr(norms_module, "NORMS", dict(NORMS))
+    norm = Norm(
+        "naïve",
+        terms=(1, 2),
+        penalty=lambda lam, s: lam[0] * s[0] + s[1] / (lam[1] + s[0]),
+        coefficients=lambda lam, s: (-s[0] / s[1], sqrt(lam[0] * s[1])),
+        gradient=lambda x, lam, c: signed(c[0], x) - lam[1] * (x / c[1]),
+        guard=lambda s, epsilon: s[0] * s[1] > epsilon,
+    )
+    norms_module.register_norm(norm)
+    for unit in (1e-200, 1.0, 1e180):
+        values = unit * np.random.default_rng(0).normal(size=(40, 7))
+        expected, updated = on_host(values, np.ones_like(values), norm, (0.1, 0.7), epsilon=0)
+        g = cupy.ones((40, 7))
+        reg = ActivityRegularization((0.1, 0.7), norm.name, epsilon=0)
+        assert reg.apply(cupy.asarray(values), g).get().tobytes() == expected.tobytes()
+        assert g.get().tobytes() == updated.tobytes()
 
 
 class Producer:
@@ -255,8 +307,8 @@ def test_memory_of_other_libraries_is_updated_in_place(cupy, norm, exchange):
     }[exchange]
     values = np.random.default_rng(0).normal(size=(30, 20)).astype(np.float32)
     x, g = cupy.asarray(values).T, cupy.ones((30, 20), np.float32).T
-    penalty = ActivityRegularization(0.1, norm).apply(convert(x), convert(g))
-    expected, updated = exact_result(values.T, np.ones_like(values.T), norm, 0.1)
+    penalty = ActivityRegularization(0.1, norm.name).apply(convert(x), convert(g))
+    expected, updated = on_host(values.T, np.ones_like(values.T), norm, 0.1)
     assert penalty.get().tobytes() == expected.tobytes()
     assert_array_equal(g.get(), updated)
 
@@ -293,13 +345,13 @@ def test_a_byte_order_that_a_gpu_does_not_know_is_refused(cupy):
 
 @norms
 def test_a_device_out_of_memory_leaves_the_gradients_alone(cupy, norm):
-    x, g = cupy.ones(100, np.float32), cupy.zeros(100, np.float32)
-    for limit in range(512, 5120, 512):
+    x, g = cupy.arange(1, 101, dtype=np.float32) ** 2, cupy.zeros(100, np.float32)
+    for limit in range(512, 8192, 512):
         pool = cupy.cuda.MemoryPool()
         pool.set_limit(size=limit)
         with cupy.cuda.using_allocator(pool.malloc):
             try:
-                ActivityRegularization(0.5, norm).apply(x, g)
+                ActivityRegularization(0.5, norm.name).apply(x, g)
             except MemoryError:
                 assert (g.get() == 0).all()
             else:
@@ -310,14 +362,14 @@ def test_a_device_out_of_memory_leaves_the_gradients_alone(cupy, norm):
 
 @norms
 def test_the_size_of_the_grid_does_not_show(cupy, monkeypatch, norm):
-    from actreg_dispatch.backends import cupy_cuda
+    from actreg_dispatch.backends.cuda import kernels
 
     values = np.random.default_rng(0).normal(size=9001)
-    expected, updated = exact_result(values, np.ones_like(values), norm, 0.1)
+    expected, updated = on_host(values, np.ones_like(values), norm, 0.1)
     for blocks in (1, 3, 1024):
-        monkeypatch.setattr(cupy_cuda, "MAX_BLOCKS", blocks)
+        monkeypatch.setattr(kernels, "MAX_BLOCKS", blocks)
         g = cupy.ones(9001)
-        found = ActivityRegularization(0.1, norm).apply(cupy.asarray(values), g)
+        found = ActivityRegularization(0.1, norm.name).apply(cupy.asarray(values), g)
         assert found.get().tobytes() == expected.tobytes()
         assert_array_equal(g.get(), updated)
 
@@ -334,7 +386,7 @@ def test_views_that_truly_overlap_are_refused_and_interleaved_ones_are_not(cupy)
 def test_the_device_serves_under_every_explicit_choice(cupy):
     """The array's own kind comes back, with the same bits, wherever it was computed."""
     values = np.random.default_rng(0).normal(size=(7, 9)).astype(np.float32)
-    expected, updated = exact_result(values, np.ones_like(values), ActivityNorm.L2, 0.1)
+    expected, updated = on_host(values, np.ones_like(values), NORMS["l2"], 0.1)
     for name in ("numpy", "numba", "cupy"):
         with use_backend(name):
             for asarray, host in ((np.array, np.asarray), (cupy.array, cupy.asnumpy)):
@@ -343,3 +395,110 @@ def test_the_device_serves_under_every_explicit_choice(cupy):
                 assert type(penalty) is (np.float32 if asarray is np.array else cupy.ndarray)
                 assert host(penalty).tobytes() == expected.tobytes()
                 assert_array_equal(host(g), updated)
+
+
+# The type of number for sums beyond binary64's range is written twice.
+
+OPERATIONS = {
+    "add(a, b)": lambda a, b: a + b,
+    "subtract(a, b)": lambda a, b: a - b,
+    "multiply(a, b)": lambda a, b: a * b,
+    "divide(a, b)": lambda a, b: a / b,
+    "root(a)": lambda a, b: sqrt(a),
+    "negative(a)": lambda a, b: -a,
+    "signed(a, b)": signed,
+    "extended(double(greater(a, b)))": lambda a, b: Extended(float(a > b)),
+    "extended(double(a))": lambda a, b: Extended(float(a)),
+}
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan]
+# Exponents of results that lie round the limits of binary64: subnormal numbers, and infinity.
+LIMITS = [-1127, -1100, -1074, -1022 - 52, 970]
+
+
+def operands(rng, operation, size=3000):
+    """Return two arrays of significands and two of exponents, many with results at a limit."""
+
+    def significands():
+        full = rng.integers(1 << 52, 1 << 53, size)
+        few, odd = rng.integers(1, 64, size), (1 << 52) + rng.integers(0, 4, size)
+        almost, power = (1 << 53) - rng.integers(1, 4, size), 1 << rng.integers(0, 53, size)
+        chosen = np.choose(rng.integers(0, 5, size), [full, few, odd, almost, power])
+        return chosen.astype(np.float64) * rng.choice([-1.0, 1.0], size)
+
+    def exponents():
+        return rng.choice([0, *LIMITS, -2200, 2000], size) + rng.integers(-60, 60, size)
+
+    a, b, power, other = significands(), significands(), exponents(), exponents()
+    limit = rng.choice(LIMITS, size) + rng.integers(-54, 55, size)
+    near = {
+        "add(a, b)": other + rng.integers(-56, 57, size),
+        "subtract(a, b)": other + rng.integers(-56, 57, size),
+        "multiply(a, b)": limit - 52 - other,
+        "divide(a, b)": limit + 52 + other,
+        "root(a)": 2 * limit + rng.integers(0, 2, size),
+    }.get(operation, limit)
+    power = np.where(rng.random(size) < 0.7, near, power)
+    if operation == "root(a)":
+        a = np.where(rng.random(size) < 0.9, np.abs(a), a)
+        a = np.where(rng.random(size) < 0.3, np.floor(np.sqrt(np.abs(a))) ** 2, a)
+    some = size // 10
+    a[:some], b[some // 2 : 3 * some // 2] = (rng.choice(SPECIAL, some) for _ in range(2))
+    b[-some:], other[-some:] = a[-some:], power[-some:]
+    return a, power, b, other
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_numbers_of_any_exponent_are_those_of_the_host(cupy, operation):
+    from actreg_dispatch.backends.cuda.kernels import OPTIONS, PREAMBLE
+
+    evaluate = cupy.ElementwiseKernel(
+        "float64 x, int64 power, float64 y, int64 other",
+        "int64 significand, int64 exponent, float64 number",
+        f"""
+        extended a(x), b(y);
+        if (x != 0.0 && isfinite(x)) a.e += power;
+        if (y != 0.0 && isfinite(y)) b.e += other;
+        const extended result = {operation};
+        significand = (long long)(result.m >> 11) * (result.is_negative ? -1 : 1);
+        exponent = result.e + 11;
+        number = double(result);
+        """,
+        "actreg_test",
+        preamble=PREAMBLE,
+        options=OPTIONS,
+    )
+    given = operands(np.random.default_rng(0), operation)
+    found = [each.get().tolist() for each in evaluate(*map(cupy.asarray, given))]
+
+    def extended(significand, exponent):
+        if significand == 0.0 or not math.isfinite(significand):
+            return Extended(significand)
+        return Extended(Fraction(significand) * Fraction(2) ** exponent)
+
+    beyond = 0
+    for *sample, significand, exponent, number in zip(
+        *(each.tolist() for each in given), *found, strict=True
+    ):
+        x, power, y, other = sample
+        expected = OPERATIONS[operation](extended(x, power), extended(y, other))
+        as_binary64 = float(expected)
+        assert number == as_binary64 or (number != number and as_binary64 != as_binary64), sample
+        if isinstance(expected.value, Fraction):
+            beyond += as_binary64 != expected.value
+            assert expected.value == extended(float(significand), exponent).value, sample
+    assert beyond > 500 or "double" in operation
+
+
+@norms
+@pytest.mark.parametrize("epsilon", [0.0, 5e-324, 2.0**-1060, 2.0**-1022, 1.0, 1e308])
+def test_sums_beyond_binary64_lead_to_what_they_do_on_the_host(cupy, norm, epsilon):
+    options = {"epsilon": epsilon} if norm.has_guard else {}
+    values = [2.0**-537, 1.5 * 2.0**-530, 2.0**-511, 2.0**511.5, 1.5 * 2.0**512, 1e-200, 1e300]
+    values += [math.sqrt(epsilon), np.nextafter(math.sqrt(epsilon), 1.0)]
+    for value in values:
+        x, g = np.array([value, -value, 0.0]), np.zeros(3)
+        expected, updated = on_host(x, g, norm, 1e-5, **options)
+        there = cupy.asarray(g)
+        penalty = ActivityRegularization(1e-5, norm.name, **options).apply(cupy.asarray(x), there)
+        assert penalty.get().tobytes() == expected.tobytes()
+        assert there.get().tobytes() == updated.tobytes()

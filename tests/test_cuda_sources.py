@@ -15,7 +15,8 @@ pathfinder = pytest.importorskip("cuda.pathfinder", reason="this CuPy is older t
 
 from cupy.cuda import nvrtc  # noqa: E402
 
-from actreg_dispatch.backends import cupy_cuda  # noqa: E402
+from actreg_dispatch.backends.cuda.kernels import OPTIONS, PREAMBLE, kernels_of  # noqa: E402
+from actreg_dispatch.norms import NORMS, Norm, signed, sqrt  # noqa: E402
 
 CUDA_HEADERS = pathfinder.find_nvidia_header_directory("cudart")
 
@@ -23,21 +24,38 @@ pytestmark = pytest.mark.skipif(
     CUDA_HEADERS is None, reason="no CUDA headers: python -m pip install 'cupy-cuda13x[ctk]'"
 )
 
-KERNELS = [
-    value
-    for value in vars(cupy_cuda).values()
-    if isinstance(value, (cupy.ElementwiseKernel, cupy.ReductionKernel))
-]
-
-
-SCALARS = {"lam", "second_lam", "wide_strength", "wide_second_strength", "count", "step", "epsilon"}
+FOREIGN = Norm(  # every function there is, two λ, a guard
+    "foreign",
+    terms=(1, 2),
+    penalty=lambda lam, s: lam[0] * s[0] - lam[1] / sqrt(s[1]),
+    coefficients=lambda lam, s: (s[0] - lam[1], -sqrt(s[1]), signed(s[0], lam[0])),
+    gradient=lambda x, lam, c: signed(c[0], x) + (c[1] - x) / sqrt(c[2] * lam[1]) - (-lam[0]),
+    guard=lambda s, epsilon: s[0] * s[1] > epsilon,
+)
+BARE = Norm(  # a guard, but no coefficients
+    "bare",
+    terms=(1,),
+    penalty=lambda lam, s: lam[0] * s[0],
+    gradient=lambda x, lam, c: signed(lam[0], x),
+    guard=lambda s, epsilon: s[0] > epsilon,
+)
+KERNELS = {
+    kernel.name: kernel
+    for norm in (*NORMS.values(), FOREIGN, BARE)
+    for kernel in kernels_of(norm)
+    if kernel is not None
+}
 COMPUTE = {"float16": "float", "bfloat16": "float", "float": "float", "double": "double"}
+
+
+def is_scalar(parameter):
+    return not parameter.raw and parameter.is_const and parameter.name != "word"
 
 
 def declared(parameter, strided):
     """Return the C++ declaration of a kernel's parameter; arrays have two dimensions."""
     const = "const " if parameter.is_const else ""
-    if parameter.name in SCALARS:
+    if is_scalar(parameter):
         return f"{const}{parameter.ctype} {parameter.name}"
     prefix = "" if parameter.raw else "_raw_"
     return f"{const}CArray<{parameter.ctype}, 2, {int(not strided)}, 1> {prefix}{parameter.name}"
@@ -45,13 +63,13 @@ def declared(parameter, strided):
 
 def loaded(parameter, index):
     """Return the C++ statement that names an element of a parameter that is not raw."""
-    if parameter.raw or parameter.name in SCALARS:
+    if parameter.raw or is_scalar(parameter):
         return ""
     const = "const " if parameter.is_const else ""
     return f"{const}{parameter.ctype}& {parameter.name} = _raw_{parameter.name}[{index}];"
 
 
-def framed(kernel, dtype, strided):
+def framed(kernel, strided):
     """Return a kernel function with the code of ``kernel``."""
     parameters = kernel.in_params + kernel.out_params
     arguments = ", ".join(declared(parameter, strided) for parameter in parameters)
@@ -62,11 +80,11 @@ def framed(kernel, dtype, strided):
             CUPY_FOR(i, _ind.size()) {{ _ind.set(i); {views} {kernel.operation}; }}"""
     else:
         body = f"""
-            const ptrdiff_t i = threadIdx.x, _j = i; {views}
+            const ptrdiff_t i = threadIdx.x, _i = blockIdx.x, _J = i; {views}
             {kernel.reduce_type} a = {kernel.identity}, b = {kernel.map_expr};
             a = ({kernel.reduce_expr});
             ({kernel.post_map_expr});"""
-    name = f"{kernel.name}_{dtype}_{'strided' if strided else 'dense'}"
+    name = "strided" if strided else "dense"
     return f"__global__ void {name}({arguments}, CIndexer<2, 1> _ind) {{ {body} }}\n"
 
 
@@ -79,15 +97,20 @@ def compiled(source, architecture):
     options += ["--std=c++17", f"-arch=compute_{architecture}", "-default-device", "-ftz=true"]
     program = nvrtc.createProgram(source, "kernels.cu", (), ())
     try:
-        nvrtc.compileProgram(program, (*options, *cupy_cuda.OPTIONS))
+        nvrtc.compileProgram(program, (*options, *OPTIONS))
     except Exception:
         pytest.fail(nvrtc.getProgramLog(program))
     return nvrtc.getPTX(program).decode()
 
 
-def test_all_kernels_are_found():
-    assert len(KERNELS) == 13
-    assert all(kernel.preamble == cupy_cuda.PREAMBLE for kernel in KERNELS)
+def test_every_kind_of_kernel_is_found():
+    one_pass = {"apply", "update", "finish", "batch_apply", "batch_finish"}
+    two_passes = {"update", "finish", "batch_sum", "batch_finish", "batch_update"}
+    expected = {f"actreg_{kind}_l1" for kind in one_pass}
+    expected |= {f"actreg_{kind}_foreign" for kind in two_passes}
+    expected |= {"actreg_sum_1", "actreg_sum_2", "actreg_sum_1_2"}
+    assert expected <= KERNELS.keys()
+    assert len(KERNELS) == 3 + 5 * len((*NORMS, FOREIGN, BARE))
 
 
 @pytest.mark.parametrize("architecture", [75, 80, 90, 120])
@@ -96,11 +119,16 @@ def test_every_kernel_compiles(dtype, architecture):
     headers = ["complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h", "float16.cuh"]
     headers += ["bfloat16.cuh"] if dtype == "bfloat16" else []
     source = "".join(f"#include <cupy/{header}>\n" for header in headers)
-    source += f"typedef {dtype} T;\ntypedef {COMPUTE[dtype]} C;\n{cupy_cuda.PREAMBLE}\n"
-    for kernel in KERNELS:
-        source += framed(kernel, dtype, strided=False) + framed(kernel, dtype, strided=True)
+    source += f"typedef {dtype} T;\ntypedef {COMPUTE[dtype]} C;\n{PREAMBLE}\n"
+    count = 0
+    for name, kernel in KERNELS.items():
+        assert kernel.preamble.startswith(PREAMBLE)
+        layouts = [False] if "_batch_" in name else [False, True]  # a batch is contiguous
+        functions = "".join(framed(kernel, strided) for strided in layouts)
+        source += f"namespace {name} {{ {kernel.preamble.removeprefix(PREAMBLE)} {functions} }}\n"
+        count += len(layouts)
     ptx = compiled(source, architecture)
     assert f".target sm_{architecture}" in ptx
-    assert ptx.count(".entry") == 2 * len(KERNELS)
+    assert ptx.count(".entry") == count
     assert "fma.rn.f32" not in ptx  # the fused operations are those of binary64 that ask for it
     assert ".ftz" not in ptx  # though CuPy asks for it, subnormal numbers stay

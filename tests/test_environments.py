@@ -6,16 +6,19 @@ of its own; none of our functions is replaced.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import tracemalloc
 import weakref
+from pathlib import Path, PurePosixPath
 
 import numba
 import numpy as np
 import pytest
 
+import actreg_dispatch
 from actreg_dispatch import ActivityRegularization, warmup
-from actreg_dispatch.backends import compiling
+from actreg_dispatch.backends.numba import compiling
 
 USE = """
 import numpy as np
@@ -325,3 +328,21 @@ print(peaks[1] - peaks[0])
 def test_memory_does_not_grow_over_a_million_calls(python, calls, size):
     kibibytes = int(python("-c", f"CALLS, SIZE = {calls}, {size}\n{GROWTH}", timeout=900).stdout)
     assert kibibytes < 4096
+
+
+def test_what_is_installed_is_what_is_tested():
+    package = Path(actreg_dispatch.__file__).parent
+    installed = importlib.metadata.files("actreg-dispatch") or []
+    found = {
+        file.relative_to(package.name): file.read_binary()
+        for file in installed
+        if file.parts[0] == package.name and "__pycache__" not in file.parts
+    }
+    if not found:
+        pytest.skip("the package is installed in place")
+    sources = {
+        PurePosixPath(file.relative_to(package)): file.read_bytes()
+        for file in package.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
+    }
+    assert found == sources

@@ -612,8 +612,7 @@ def test_another_update_is_not_resumed(interrupted, reg, options, named):
 def test_other_files_are_not_resumed(interrupted, changed):
     path = interrupted[changed]
     content = path.read_bytes()
-    path.unlink()
-    Path(f"{path}.keeps-the-inode").write_bytes(b"")
+    path.rename(f"{path}.keeps-the-inode")
     path.write_bytes(content)
     with pytest.raises(files.FilesError, match=("activations", "gradients")[changed]):
         files.apply(ActivityRegularization.l1(0.5), *interrupted, resume=True)

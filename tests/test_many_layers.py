@@ -16,10 +16,11 @@ from actreg_dispatch import (
     ActivityRegularization,
     MixedArraysError,
     UnknownBackendError,
+    get_backend,
 )
-from actreg_dispatch.backends import many_arrays
+from actreg_dispatch.norms import NORMS
+from actreg_dispatch.options import Constants
 from actreg_dispatch.oracle import binary64, exact_sum
-from actreg_dispatch.strength import constants_of
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
@@ -50,14 +51,15 @@ def assert_as_in_a_loop(reg, xs, gs, **options):
 @pytest.fixture
 def taken(monkeypatch):
     """Count the calls that the compiled function takes."""
-    calls, real = [], many_arrays.express_all
+    backend = get_backend("numba")
+    calls, real = [], backend.fused_batch
 
     def watched(*arguments):
         result = real(*arguments)
         calls.append(result is not None)
         return result
 
-    monkeypatch.setattr(many_arrays, "express_all", watched)
+    monkeypatch.setattr(backend, "fused_batch", watched)
     return calls
 
 
@@ -129,9 +131,8 @@ def test_the_total_takes_no_other_choice_of_a_backend(monkeypatch, caplog):
 @norms
 def test_the_total_may_be_too_large(norm):
     xs = [np.array([1e308]), np.array([1.7e308])]
-    reg = ActivityRegularization(
-        1.0 if norm in (ActivityNorm.L1, ActivityNorm.L2) else 1e-300, norm
-    )
+    lam = {ActivityNorm.L1: 1.0, ActivityNorm.L2: 1.0, ActivityNorm.HOYER: 1e308}
+    reg = ActivityRegularization(lam.get(norm, 1e-300), norm)
     assert reg.apply_all(xs, [np.zeros(1), np.zeros(1)]).total == math.inf
 
 
@@ -318,15 +319,6 @@ def test_a_strength_too_large_for_a_layer_is_refused():
     assert not any(g.any() for g in gradients)
 
 
-def test_the_layout_of_array_objects_is_known_here():
-    assert many_arrays._LAYOUT_IS_KNOWN
-
-
-def test_where_the_layout_is_not_known_layers_are_done_one_by_one(monkeypatch):
-    monkeypatch.setattr(many_arrays, "_LAYOUT_IS_KNOWN", False)
-    assert_as_in_a_loop(ActivityRegularization(0.1), *layers_of(SHAPES, np.float32))
-
-
 @pytest.mark.parametrize("name", ["numpy", "cupy"])
 def test_layers_may_move_to_a_backend_of_another_array_type(cupy, name):
     reg = ActivityRegularization(0.5, backend=name)
@@ -375,24 +367,19 @@ def test_layers_of_several_libraries_are_refused(cupy, norm):
     assert not here[1].any()
 
 
-@norms
-def test_as_many_launches_for_all_layers_as_for_one(cupy, norm):
-    from actreg_dispatch.backends import cupy_cuda, many_cupy_arrays
+@pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.name)
+def test_as_many_launches_for_all_layers_as_for_one(cupy, monkeypatch, norm):
+    from actreg_dispatch.backends import cuda
 
-    launches = 3 if norm is ActivityNorm.L2 else 2
-    xs, gs = [cupy.ones(10) for _ in range(20)], [cupy.zeros(10) for _ in range(20)]
-    reg, calls = ActivityRegularization(0.1, norm), []
+    xs, gs = [cupy.arange(1.0, 11) ** 2] * 20, [cupy.zeros(10) for _ in range(20)]
+    kernels, calls = cuda.kernels_of(norm), []
 
     def counting(kernel):
         return lambda *arguments, **options: calls.append(kernel) or kernel(*arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (cupy_cuda, many_cupy_arrays):
-            for name, value in vars(module).items():
-                if isinstance(value, (cupy.ElementwiseKernel, cupy.ReductionKernel)):
-                    patch.setattr(module, name, counting(value))
-                elif name in ("_PASSES", "_FINISHES"):
-                    patch.setattr(module, name, {n: counting(k) for n, k in value.items()})
-        many_cupy_arrays.apply_many(xs, gs, norm, [constants_of(reg, xs[0].dtype, 1)] * 20)
-    assert len(calls) == launches
+    watched = type(kernels)(*(kernel and counting(kernel) for kernel in kernels))
+    monkeypatch.setattr(cuda, "kernels_of", lambda norm: watched)
+    lam = (0.1,) * norm.n_lams
+    assert cuda.BACKEND.apply_batch(xs, gs, norm, [Constants(lam, lam, 0.0)] * 20)
+    assert len(calls) == (3 if norm.two_pass else 2)
     assert all((g != 0).all() for g in gs)

@@ -153,7 +153,7 @@ if __name__ == "__main__":
 def test_a_fork_while_another_thread_compiles(script):
     code = """
 import actreg_dispatch
-from actreg_dispatch.backends import compiling
+from actreg_dispatch.backends.numba import compiling
 
 thread = threading.Thread(target=result, kwargs={"cases": 1})  # each process compiles its own
 thread.start()
@@ -228,7 +228,7 @@ def test_kernels_release_the_interpreter_lock(script):
     """While a long call computes, a thread in Python is never kept waiting for half of it."""
     code = """
 from actreg_dispatch import ActivityRegularization
-from actreg_dispatch.backends import compiling
+from actreg_dispatch.backends.numba import compiling
 
 ticks, stop = [], False
 
@@ -323,7 +323,7 @@ def test_an_interrupt_waits_for_the_compiler(script):
     code = """
 import signal
 from actreg_dispatch import ActivityRegularization
-from actreg_dispatch.backends import compiling
+from actreg_dispatch.backends.numba import compiling
 
 x, g, handler = np.ones(10, np.float32), np.zeros(10, np.float32), signal.getsignal(signal.SIGINT)
 reg, interrupted = ActivityRegularization(0.5), 0

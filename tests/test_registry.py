@@ -15,6 +15,7 @@ import pytest
 import actreg_dispatch
 from actreg_dispatch import (
     ActivityRegularization,
+    Backend,
     BackendError,
     BackendUnavailableError,
     MixedArraysError,
@@ -44,18 +45,16 @@ def served_by(caplog):
     return name
 
 
-class Toy:
+class Toy(Backend):
     """A backend on an array type of its own: lists of floats in a wrapper."""
 
     name = "toy"
     dtypes = frozenset({np.dtype(np.float64)})
-    unavailable_because = ""
-
-    def is_available(self):
-        return not self.unavailable_because
 
     def penalty(self, activations, norm, lam):
-        return lam * sum(map(abs, activations.values))
+        return lam[0] * sum(map(abs, activations.values))
+
+    partial_sum = apply = add_gradient = None  # which no test calls
 
 
 class ToyArray:
@@ -166,7 +165,7 @@ def test_the_errors_are_of_the_built_in_kinds():
 
 
 def test_get_backend_returns_the_loaded_backend():
-    assert get_backend(" NumPy ") is reference
+    assert get_backend(" NumPy ") is reference.BACKEND
     for name in available_backends():
         assert get_backend(name).name == name
         assert get_backend(name).is_available()
@@ -196,8 +195,10 @@ def test_a_choice_that_is_gone_is_told_at_the_call(registered):
 
 
 def test_an_explicit_choice_is_not_replaced_by_another(registered):
-    narrow = types.SimpleNamespace(**vars(reference) | {"dtypes": {np.dtype(np.float32)}})
-    register_backend("narrow", lambda: narrow, array_type="numpy.ndarray")
+    class Narrow(reference.ReferenceBackend):
+        dtypes = {np.dtype(np.float32)}  # noqa: RUF012
+
+    register_backend("narrow", Narrow, array_type="numpy.ndarray")
     reg = ActivityRegularization(0.5, backend="narrow")
     assert reg.penalty(np.ones(3, np.float32)) == 1.5
     with pytest.raises(TypeError, match=r"backend 'narrow' does not take float64.*another backend"):
@@ -211,8 +212,11 @@ def test_the_nearest_base_class_decides(registered, monkeypatch, served_by):
     monkeypatch.setitem(sys.modules, "speciallib", types.SimpleNamespace(Array=Special))
     special = np.ones(3).view(Special)
     assert served_by(special) == "numba"
-    module = types.SimpleNamespace(**vars(reference) | {"name": "special"})
-    register_backend("special", lambda: module, array_type="speciallib.Array")
+
+    class SpecialBackend(reference.ReferenceBackend):
+        name = "special"
+
+    register_backend("special", SpecialBackend, array_type="speciallib.Array")
     assert served_by(special) == "special"
     assert served_by() == "numba"
 
@@ -271,6 +275,12 @@ def test_an_unavailable_backend_says_why_and_what_to_do(toy, monkeypatch):
     monkeypatch.setenv("ACTREG_BACKEND", "toy")
     with pytest.raises(BackendUnavailableError, match=rf"ACTREG_BACKEND='toy': {expected}"):
         ActivityRegularization(0.5).penalty(np.ones(3))
+
+
+def test_a_backend_that_is_not_one_is_told(registered):
+    register_backend("toy", lambda: np, array_type="toylib.Array")
+    with pytest.raises(BackendUnavailableError, match=r"not derived from actreg_dispatch\.Backend"):
+        get_backend("toy")
 
 
 def test_a_backend_that_does_not_load_leaves_the_others_alone(registered, served_by):

@@ -315,7 +315,7 @@ def test_both_strengths_are_checked():
     for lam, error, message in (
         ((0.5, -1.0), ValueError, r"lam\[1\]=-1.0 is out of range"),
         (("1", 0.5), TypeError, r"lam\[0\]='1' is of type str"),
-        ((1.0, 2.0, 3.0), ValueError, r"are not two numbers; pass \(l1, l2_squared\)"),
+        ((1.0, 2.0, 3.0), ValueError, r"are not 2 numbers, .* pass as many, or one number for all"),
     ):
         with pytest.raises(error, match=message):
             reg.lam = lam

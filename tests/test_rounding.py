@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, PairedSum
+from actreg_dispatch.dtypes import round_to
+from actreg_dispatch.norms import named_norm
 from actreg_dispatch.oracle import exact_result, exact_sum
-from actreg_dispatch.rounding import merge_pairs, results_of, round_to, two_sum
+from actreg_dispatch.sums.certified import merge_pairs, two_sum
 
 numbers = st.floats(-(2.0**100), 2.0**100, allow_subnormal=False).filter(
     lambda v: v == 0 or abs(v) > 2.0**-100
@@ -61,9 +63,11 @@ def test_rounding_to_float32_is_to_nearest_even_and_silent():
 
 def test_the_penalty_is_rounded_once():
     total = 1 + 2.0**-24 + 2.0**-50  # just above a tie: rounding in two steps would go down
-    assert results_of(total, 1.0, 0.0, False, np.float32) == (1 + 2.0**-23, 0.0, True)
-    found = results_of(2.0, 0.1, 2.0, True, np.float64)
-    assert found == (0.1 * math.sqrt(2.0), float(np.sqrt(2.0)), False)
+    one = (1.0,)
+    found = named_norm("l1").evaluate((total,), one, one, 0.0, np.float32)
+    assert found == (1 + 2.0**-23, (), True)
+    found = named_norm("l2").evaluate((2.0,), (0.1,), one, 2.0, np.float64)
+    assert found == (0.1 * math.sqrt(2.0), (float(np.sqrt(2.0)),), False)
 
 
 def test_partial_sums_of_different_kinds_do_not_add_up():

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actreg_dispatch import ActivityNorm, BackendError, __version__
+from actreg_dispatch import BackendError, __version__
 from actreg_dispatch.cli.options import natural, positive, why_not_writable
+from actreg_dispatch.norms import NORMS
 from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
 __all__ = ["main"]
@@ -75,6 +76,7 @@ def _add_files(commands: Any) -> None:
         "block. What is interrupted, by Ctrl-C or by a power failure, can be resumed: the old "
         "values of the block under way lie in GRADIENTS.actreg-journal, which takes up to 128 MiB.",
     )
+    guarded = ", ".join(norm.name for norm in NORMS.values() if norm.has_guard)
     for command in (penalty, apply):
         command.add_argument(
             "activations", type=Path, metavar="ACTIVATIONS", help="a .npy file or a Zarr array"
@@ -86,16 +88,18 @@ def _add_files(commands: Any) -> None:
                 metavar="GRADIENTS",
                 help="another of the same kind, shape and dtype, which is updated",
             )
-        norms = [norm.value for norm in ActivityNorm]
-        command.add_argument("--norm", choices=norms, default="l1", help="(default: l1)")
+        command.add_argument("--norm", choices=list(NORMS), default="l1", help="(default: l1)")
         command.add_argument(
             "--lam",
             type=_strength,
             required=True,
-            help="the strength λ; for l1_l2_squared two, as in 1e-3,1e-4",
+            help="the strength λ; several for norms that take several, such as l1_l2_squared, as "
+            "in 1e-3,1e-4",
         )
         command.add_argument(
-            "--epsilon", type=float, help="l2: the sum of squares up to which there is no gradient"
+            "--epsilon",
+            type=float,
+            help=f"{guarded}: the sum of squares up to which there is no gradient",
         )
         command.add_argument(
             "--reduction",
@@ -133,7 +137,7 @@ def _strength(text: str) -> float | tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or two of them") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or several of them") from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -26,11 +26,21 @@ __all__ = ["Outcome", "Settings", "draw", "load_images", "main", "sweep", "tabul
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
-STRENGTHS: dict[ActivityNorm, tuple[float, ...]] = {
+STRENGTHS: dict[str, tuple[float, ...]] = {
     ActivityNorm.L1: (0.003, 0.01, 0.03, 0.1, 0.3),
     ActivityNorm.L2_SQUARED: (0.01, 0.03, 0.1, 0.3, 1.0),
+    ActivityNorm.HOYER: (0.003, 0.01, 0.03, 0.1, 0.3),
 }
-LABELS = {ActivityNorm.L1: "L1", ActivityNorm.L2: "L2", ActivityNorm.L2_SQUARED: "squared L2"}
+LABELS: dict[str, str] = {
+    ActivityNorm.L1: "L1",
+    ActivityNorm.L2_SQUARED: "squared L2",
+    ActivityNorm.HOYER: "Hoyer-square",
+}
+NUDGES: dict[str, tuple[int, int]] = {  # from a point to its number, in points
+    ActivityNorm.L1: (6, -4),
+    ActivityNorm.L2_SQUARED: (4, 4),
+    ActivityNorm.HOYER: (-26, -6),
+}
 
 
 @dataclass(frozen=True)
@@ -205,7 +215,7 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
             trade_off.annotate(
                 f"{outcome.regularization.lam:g}",
                 point,
-                xytext=(4, 4) if norm is ActivityNorm.L2_SQUARED else (-4, -10),
+                xytext=NUDGES[norm],
                 textcoords="offset points",
                 fontsize=7,
             )

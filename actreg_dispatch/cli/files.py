@@ -76,7 +76,7 @@ def _as_json(result: Result, reg: ActivityRegularization, options: argparse.Name
     told = {
         "penalty": number if math.isfinite(number) else None,
         "penalty_hex": number.hex(),
-        "norm": reg.norm.value,
+        "norm": reg.options.norm.name,
         "lam": reg.lam,
         "epsilon": reg.epsilon,
         "reduction": reg.reduction,
@@ -96,7 +96,7 @@ def _as_line(result: Result, reg: ActivityRegularization, options: argparse.Name
     size = f"{result.bytes / unit:.3g} {name} in {result.seconds:.3g} s"
     where = "" if options.gradients is None else f", gradient added to {options.gradients}"
     return (
-        f"penalty {float(result.penalty)!r} ({reg.norm.value}, λ = {reg.lam!r}, "
+        f"penalty {float(result.penalty)!r} ({reg.options.norm.name}, λ = {reg.lam!r}, "
         f"{result.elements} {result.dtype}){where}; {size}, {result.backend}"
     )
 

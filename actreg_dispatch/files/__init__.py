@@ -5,7 +5,7 @@ memory: the penalty of :meth:`ActivityRegularization.penalty`, and in the file o
 :meth:`ActivityRegularization.apply` makes of them. ``actreg penalty`` and ``actreg apply`` are this
 on the command line.
 
-**Memory.** Beside what Python and the libraries take, 256 MiB of address space: where a file is
+**Memory.** Besides what Python and the libraries take, 256 MiB of address space: where a file is
 only read, a window of :data:`WINDOW_BYTES` into the system's page cache, which is no memory of the
 process; where gradients are updated, blocks of :data:`BLOCK_BYTES` (64 MiB), one of activations and
 one of gradients, each twice if they are of foreign byte order or not aligned. The backend
@@ -13,9 +13,9 @@ one of gradients, each twice if they are of foreign byte order or not aligned. T
 fit, but at least one (of the gradients one shard, if there are any, as that is what can be
 written), and Zarr takes some of their size again to decode them.
 
-**Passes.** Activations are read once; ``"l2"`` reads them twice for :func:`apply`, as the gradient
-divides by ‖x‖. One more pass, an exact sum, is needed where the quick sum leaves the rounding open,
-which is rare.
+**Passes.** Activations are read once; for :func:`apply` twice by norms whose gradient needs the
+sums, as that of ``"l2"`` divides by ‖x‖. One more pass, an exact sum, is needed where the quick sum
+leaves the rounding open, which is rare.
 
 **Interruption.** Until the first gradient is written, the files are untouched. From then on the
 old values of the block under way are kept in a journal beside the gradients,
@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -43,18 +44,15 @@ from typing import Any
 
 import numpy as np
 
-from actreg_dispatch.files.journal import Journal, journal_of, left_behind
+from actreg_dispatch.dispatch import resolve
+from actreg_dispatch.dtypes import compute_dtype
+from actreg_dispatch.files.journal import Journal, Updates, journal_of, left_behind
 from actreg_dispatch.files.stores import FilesError, Region, Store, open_store
-from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.registry import NUMPY
-from actreg_dispatch.regularization import ActivityRegularization, check_regularization, resolved
-from actreg_dispatch.rounding import (
-    Outcome,
-    compute_dtype,
-    decided,
-    merge_totals,
-)
-from actreg_dispatch.transfer import move, write_back
+from actreg_dispatch.norms import ActivityNorm, Norm
+from actreg_dispatch.options import Options
+from actreg_dispatch.regularization import ActivityRegularization, check_regularization
+from actreg_dispatch.sums.certified import Outcome, merge_totals, round_if_certain
+from actreg_dispatch.sums.exact import outcome_of
 
 __all__ = [
     "BLOCK_BYTES",
@@ -85,30 +83,17 @@ class PartlyUpdatedError(RuntimeError):
 class Result:
     """What a run found, and what it took.
 
-    Attributes
-    ----------
-    penalty : numpy.floating
-        In the compute dtype T.
-    dtype, shape, elements
-        Of the activations.
-    backend : str
-        The name of the backend that computed.
-    passes : int
-        How often activations were read, in this run.
-    bytes : int
-        How many bytes of the arrays were read and written in this run, the journal apart.
-    seconds : float
-        Wall-clock time of this run.
+    The penalty is in the compute dtype T; dtype, shape and elements are those of the activations.
     """
 
     penalty: Any
     dtype: str
     shape: tuple[int, ...]
     elements: int
-    backend: str
-    passes: int
-    bytes: int
-    seconds: float
+    backend: str  # the name of the backend that computed
+    passes: int  # how often activations were read, in this run
+    bytes: int  # of the arrays read and written in this run, the journal apart
+    seconds: float  # wall-clock time of this run
 
 
 def penalty(
@@ -139,16 +124,10 @@ def penalty(
 
     Raises
     ------
-    FilesError
-        If the file is no such array.
-    TypeError
-        If ``reg`` is no regularization, ``activations`` no path, or ``progress`` no function.
-    ValueError
-        If ``lam`` is too large for the dtype.
-    BackendError
-        If the backend that is asked for does not exist or cannot run here.
-    OSError
-        If the file cannot be read.
+    FilesError, OSError
+        If the file is not such an array, or cannot be read.
+    TypeError, ValueError, BackendError
+        As for :meth:`ActivityRegularization.penalty`, or if an argument is of the wrong type.
 
     Examples
     --------
@@ -164,7 +143,7 @@ def penalty(
     check_regularization(reg)
     store = open_store("activations", _path("activations", activations), dtype)
     try:
-        run = _Run(reg, store, 1.0, progress)
+        run = _Run(reg.options, store, 1.0, progress)
         return run.result(run.sum())
     finally:
         store.close()
@@ -216,7 +195,7 @@ def apply(
         x.close()
         raise
     try:
-        return _apply(reg, x, g, scale, resume, progress)
+        return _apply(reg.options, x, g, scale, resume, progress)
     finally:
         x.close()
         g.close()
@@ -235,7 +214,7 @@ def _path(name: str, value: Any) -> str:
 
 
 def _apply(
-    reg: ActivityRegularization,
+    options: Options,
     x: Store,
     g: Store,
     scale: float,
@@ -251,22 +230,21 @@ def _apply(
     try:
         block_bytes = BLOCK_BYTES if journal is None else int(journal.about["block bytes"])
         regions = g.regions(block_bytes)
-        run = _Run(reg, x, scale, progress)
-        about = _about(reg, x, g, scale, block_bytes, regions)
+        run = _Run(options, x, scale, progress)
+        about = _about(options, x, g, scale, block_bytes, regions)
         if journal is not None:
-            _check_same(journal, about)
-        divides = reg.norm is ActivityNorm.L2  # by what takes a sum over all elements
-        found = run.sum() if divides or not regions else None
+            journal.check_same(about)
+        found = run.sum() if options.norm.two_pass or not regions else None
         if found is not None and not (regions and found.has_gradient):
             return run.result(found)
         if journal is None:
             journal = Journal.create(path, about)
         try:
-            updates = _Updates(g, journal, regions)
+            updates = Updates(g, journal, regions)
             if found is None:
                 found = run.sum(updates)
             else:
-                run.update(updates, found.divisor)
+                run.update(updates, found.coefficients)
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise PartlyUpdatedError(
@@ -309,8 +287,15 @@ def _check_pair(x: Store, g: Store) -> None:
         )
 
 
+def _defined(norm: Norm) -> str:
+    """Return the name of a norm, and a checksum of one whose formulas may be edited."""
+    if norm.name in set(ActivityNorm):
+        return norm.name
+    return f"{norm.name} {zlib.crc32(norm.source.encode()):08x}"
+
+
 def _about(
-    reg: ActivityRegularization,
+    options: Options,
     x: Store,
     g: Store,
     scale: float,
@@ -320,10 +305,10 @@ def _about(
     """Return what is applied to what, for the journal."""
     largest = max((_elements(region) for region in regions), default=0)
     return {
-        "norm": reg.norm.value,
-        "lam": repr(reg.lam),
-        "epsilon": repr(reg.epsilon),
-        "reduction": reg.reduction,
+        "norm": _defined(options.norm),
+        "lam": repr(options.lam if options.norm.n_lams > 1 else options.lam[0]),
+        "epsilon": repr(options.epsilon),
+        "reduction": options.reduction,
         "scale": repr(float(scale)),
         "dtype": str(x.dtype),
         "shape": list(x.shape),
@@ -334,56 +319,15 @@ def _about(
     }
 
 
-def _check_same(journal: Journal, about: dict[str, Any]) -> None:
-    """Refuse to go on with another update than the one that was begun."""
-    for key, now in about.items():
-        then = journal.about.get(key)
-        if then != now:
-            raise FilesError(
-                f"{journal.path} is of an update with {key} {then}, not {now}; "
-                f"resume it with the arguments and files that it was begun with"
-            )
-
-
 def _elements(region: Region) -> int:
     return math.prod(part.stop - part.start for part in region)
-
-
-class _Updates:
-    """The gradients that are being updated: from which block on, and by way of the journal."""
-
-    def __init__(self, store: Store, journal: Journal, regions: Sequence[Region]) -> None:
-        self.regions, self._store, self._journal, self._first = regions, store, journal, 0
-        last = journal.last()
-        if last is not None:
-            self._first, old = last
-            region = regions[self._first]
-            shape = [part.stop - part.start for part in region]
-            native = store.dtype.newbyteorder("=")
-            store.write(region, old.view(native).reshape(shape))
-
-    def load(self, index: int, region: Region) -> np.ndarray[Any, Any] | None:
-        """Return a block, to be changed and written; None if a former run has written it."""
-        if index < self._first:
-            return None
-        values = self._store.load(region)
-        self._journal.record(index, values)
-        return values
-
-    def write(self, region: Region, values: np.ndarray[Any, Any]) -> None:
-        """Write a block that :meth:`load` returned."""
-        self._store.write(region, values)
 
 
 class _Run:
     """One regularization, one file of activations, and what has been done so far."""
 
     def __init__(
-        self,
-        reg: ActivityRegularization,
-        store: Store,
-        scale: float,
-        progress: Progress | None,
+        self, options: Options, store: Store, scale: float, progress: Progress | None
     ) -> None:
         if progress is not None and not callable(progress):
             raise TypeError(
@@ -391,51 +335,51 @@ class _Run:
                 f"that are done, and of all bytes"
             )
         self._started = time.perf_counter()
-        self._reg, self._store, self._progress = reg, store, progress
-        native = store.dtype.newbyteorder("=")
-        self._compute: Any = compute_dtype(native)
+        self._store, self._progress = store, progress
         self._size = math.prod(store.shape)
-        self._call = resolved(reg, native, store.shape, scale)
-        self._quick_sum: Any = None
-        if self._call.target == NUMPY:
-            self._quick_sum = getattr(self._call.backend, "quick_sum", None)
+        self._nothing = np.empty(0, store.dtype.newbyteorder("="))
+        self._compute: Any = compute_dtype(self._nothing.dtype)
+        self._call = resolve(options, self._nothing.dtype, store.shape, scale)
+        self._quick_start = self._call.backend.quick_sum(self._nothing, options.norm)
         self._passes = self._bytes = 0
 
-    def sum(self, updates: _Updates | None = None) -> Outcome:
-        """Sum the activations, and update the gradients of a norm other than L2 on the way."""
-        norm, call, quick_sum = self._reg.norm, self._call, self._quick_sum
-        nothing = np.empty(0, self._store.dtype.newbyteorder("="))
+    def sum(self, updates: Updates | None = None) -> Outcome:
+        """Sum the activations, and update the gradients of a norm of one pass on the way."""
+        backend, norm, lam, gradient_lam, epsilon = self._call
+        step = "sum" if updates is None else "update"
         totals: list[Any] = []
 
         def quickly(x: Any, g: Any) -> None:
-            totals.append(quick_sum(x, norm, g, call.strength))
+            totals.append(backend.quick_sum(x, norm, g, gradient_lam))
 
         def exactly(x: Any, g: Any) -> None:
-            totals.append(self._reg.partial_sum(x))
+            totals.append(backend.partial_sum(x, norm))
             if g is not None:
-                self._add_gradient(x, g, 0.0)
+                backend.add_gradient(x, g, norm, gradient_lam, ())
 
-        step = "sum" if updates is None else "update"
-        if quick_sum is not None:
-            self._walk(step, quickly, updates)
-            total = reduce(merge_totals, totals or [quick_sum(nothing, norm)])
-            found = decided(total, self._size, self._compute, norm, call.lam, call.epsilon)
+        if self._quick_start is not None:
+            self._visit(step, quickly, updates)
+            total = reduce(merge_totals, totals or [self._quick_start])
+            found = round_if_certain(
+                total, self._size, self._compute, norm, lam, gradient_lam, epsilon
+            )
             if found is not None:
                 return found
             totals.clear()
             step, updates = "exact sum", None
-        self._walk(step, exactly, updates)
-        exact = sum(totals, self._reg.partial_sum(nothing))
-        return exact.outcome(norm, call.lam, call.epsilon)
+        self._visit(step, exactly, updates)
+        exact = sum(totals, backend.partial_sum(self._nothing, norm))
+        return outcome_of(exact, norm, lam, gradient_lam, epsilon)
 
-    def update(self, updates: _Updates, divisor: float) -> None:
-        """Add the gradient, whose sum is known."""
+    def update(self, updates: Updates, coefficients: tuple[float, ...]) -> None:
+        """Add the gradient, whose coefficients are known."""
+        call = self._call
 
         def add(x: Any, g: Any) -> None:
             if g is not None:
-                self._add_gradient(x, g, divisor)
+                call.backend.add_gradient(x, g, call.norm, call.gradient_lam, coefficients)
 
-        self._walk("update", add, updates)
+        self._visit("update", add, updates)
 
     def result(self, found: Outcome) -> Result:
         """Return what was found, once all is done."""
@@ -450,22 +394,12 @@ class _Run:
             time.perf_counter() - self._started,
         )
 
-    def _add_gradient(self, x: Any, g: Any, divisor: float) -> None:
-        backend, target, _, strength, _ = self._call
-        norm = self._reg.norm
-        if target == NUMPY:
-            backend.add_gradient(x, g, norm, strength, divisor)
-            return
-        moved = move(g, NUMPY, target)
-        backend.add_gradient(move(x, NUMPY, target), moved, norm, strength, divisor)
-        write_back(moved, target, g, NUMPY)
-
-    def _walk(
-        self, step: str, visit: Callable[[Any, Any], None], updates: _Updates | None = None
+    def _visit(
+        self, step: str, visit: Callable[[Any, Any], None], updates: Updates | None = None
     ) -> None:
         """Call ``visit`` with every block of the activations, and of the gradients if any."""
         self._passes += 1
-        mapped = self._store.mapped and self._quick_sum is not None  # and so never copied
+        mapped = self._store.mapped and self._quick_start is not None  # and so never copied
         if updates is None:
             regions = self._store.regions(WINDOW_BYTES if mapped else BLOCK_BYTES)
         else:

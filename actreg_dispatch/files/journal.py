@@ -16,19 +16,28 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from actreg_dispatch.files.stores import FilesError, read_fully, sync, sync_path, write_fully
+from actreg_dispatch.files.stores import (
+    FilesError,
+    Region,
+    Store,
+    read_fully,
+    sync,
+    sync_path,
+    write_fully,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Journal", "journal_of", "left_behind"]
+__all__ = ["Journal", "Updates", "journal_of", "left_behind"]
 
 _PAGE = 4096
 _FORMAT = "actreg-journal 1"
@@ -127,6 +136,22 @@ class Journal:
             file.close()
             raise
 
+    def check_same(self, about: dict[str, Any]) -> None:
+        """Refuse to go on with another update than the one that was begun.
+
+        Raises
+        ------
+        FilesError
+            If it was; the message says in what they differ.
+        """
+        for key, now in about.items():
+            then = self.about.get(key)
+            if then != now:
+                raise FilesError(
+                    f"{self.path} is of an update with {key} {then}, not {now}; "
+                    f"resume it with the arguments and files that it was begun with"
+                )
+
     def record(self, index: int, old: np.ndarray[Any, Any]) -> None:
         """Put the ``old`` values of block ``index`` on disk; only then may it be overwritten."""
         values = old.reshape(-1).view(np.uint8).data
@@ -166,6 +191,32 @@ class Journal:
     def close(self) -> None:
         """Leave the journal for another run."""
         self._file.close()
+
+
+class Updates:
+    """The gradients that are being updated: from which block on, and by way of the journal."""
+
+    def __init__(self, store: Store, journal: Journal, regions: Sequence[Region]) -> None:
+        self.regions, self._store, self._journal, self._first = regions, store, journal, 0
+        last = journal.last()
+        if last is not None:
+            self._first, old = last
+            region = regions[self._first]
+            shape = [part.stop - part.start for part in region]
+            native = store.dtype.newbyteorder("=")
+            store.write(region, old.view(native).reshape(shape))
+
+    def load(self, index: int, region: Region) -> np.ndarray[Any, Any] | None:
+        """Return a block, to be changed and written; None if a former run has written it."""
+        if index < self._first:
+            return None
+        values = self._store.load(region)
+        self._journal.record(index, values)
+        return values
+
+    def write(self, region: Region, values: np.ndarray[Any, Any]) -> None:
+        """Write a block that :meth:`load` returned."""
+        self._store.write(region, values)
 
 
 def left_behind(path: Path) -> str:

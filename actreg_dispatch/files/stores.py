@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actreg_dispatch.rounding import compute_dtype
+from actreg_dispatch.dtypes import compute_dtype
 
 __all__ = [
     "FilesError",

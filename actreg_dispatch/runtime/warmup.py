@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.norms import NORMS
 from actreg_dispatch.regularization import ActivityRegularization
 
 __all__ = ["warmup"]
@@ -17,7 +17,7 @@ _SIZES = (2, 1 << 17)  # elements, for the serial and for the parallel kernels
 
 def warmup(
     dtypes: Any = (np.float32, np.float64),
-    norms: str | ActivityNorm | Iterable[str | ActivityNorm] = tuple(ActivityNorm),
+    norms: str | Iterable[str] | None = None,
     *,
     backend: str | None = None,
     strided: bool = False,
@@ -31,8 +31,8 @@ def warmup(
     ----------
     dtypes : dtype or iterable of dtypes, default float32 and float64
         The dtypes of the activations.
-    norms : str, ActivityNorm or iterable of them, default all
-        The norms.
+    norms : str or iterable of str, optional
+        The norms; by default all that are known, registered ones included.
     backend : str, optional
         The backend, as :class:`ActivityRegularization` takes it.
     strided : bool, default False
@@ -48,8 +48,9 @@ def warmup(
     --------
     >>> warmup("float32", "l1")
     """
+    norms = NORMS if norms is None else norms
     for dtype in (dtypes,) if isinstance(dtypes, (str, type, np.dtype)) else tuple(dtypes):
-        for norm in (norms,) if isinstance(norms, (str, ActivityNorm)) else tuple(norms):
+        for norm in (norms,) if isinstance(norms, str) else tuple(norms):
             reg = ActivityRegularization(0.0, norm, backend=backend)
             for size in _SIZES:
                 plain, spread = np.ones((2, size), dtype), np.ones((2, size, 2), dtype)[..., 0]

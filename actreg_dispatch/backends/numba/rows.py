@@ -1,8 +1,9 @@
 """What kernels are made of: numbers as bits, magnitudes, updates, and sums along a row.
 
-What a pass does is put together from three small functions: a *magnitude*, |x| or x², a *sum* of
-the magnitudes along a row, plain or anchored (see :mod:`actreg_dispatch.rounding`), and an *update*
-of the gradient. Sums stay in vector registers.
+A *row* function is the body of every pass: it sums the magnitudes, |x| or x² or both, along one
+axis, plain or anchored (see :mod:`actreg_dispatch.sums.certified`), and updates the gradients on
+the way. Whether the row is a block of a contiguous array, a part of a strided one or of one layer
+of many is up to the kernel that calls it. Sums stay in vector registers.
 
 Numba knows no 16-bit floats on the CPU. The kernels get the bits, float16 as uint16 and bfloat16 as
 int16, and the type of the bits says how :func:`_widen` and :func:`_narrow` convert them.
@@ -14,42 +15,44 @@ up by name, which Numba's cache on disk depends on.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
 
-from actreg_dispatch.norms import ActivityNorm
-from actreg_dispatch.rounding import (
+from actreg_dispatch.dtypes import FLOAT16, FLOAT64
+from actreg_dispatch.norms import signed, sqrt
+from actreg_dispatch.sums.certified import (
     ANCHORED_TERMS,
-    FLOAT16,
-    FLOAT64,
-    LIMB,
     PLAIN_TERMS,
     anchored_bound,
-    certified,
-    certified_both,
+    certified_one,
+    certified_two,
     merge_pairs,
-    results_of,
     two_sum,
 )
+from actreg_dispatch.sums.exact import LIMB
 
 __all__ = [
     "BLOCK",
-    "UPDATES",
     "Summing",
-    "add_both",
-    "add_quotient",
+    "accumulate",
+    "add_gradient",
     "address_of",
     "bits_of",
+    "cast_of",
     "dense_row",
-    "leave",
+    "no_gradient",
+    "no_update",
+    "one_lam",
+    "several_lams",
+    "store_of",
     "strided_row",
-    "sum_nothing",
     "summing_of",
-    "tally_row",
+    "update_only",
 ]
 
 BLOCK = PLAIN_TERMS
@@ -57,7 +60,7 @@ BLOCK = PLAIN_TERMS
 _LOW = (1 << LIMB) - 1  # the bits of a limb
 
 # Compiled code calls the shared arithmetic by its own name.
-for _function in (anchored_bound, two_sum, merge_pairs, results_of, certified, certified_both):
+for _function in (anchored_bound, two_sum, merge_pairs, certified_one, certified_two):
     register_jitable(_function)
 
 
@@ -198,52 +201,71 @@ def _square(value):  # type: ignore[no-untyped-def]
     return square, -_multiply_add(value, value, -square)
 
 
-# Updates: add the gradient at x[j] to g[j], rounding after every operation in the compute dtype.
+# Updates: add the gradient at x to g[j]; λ and coefficients are tuples of the compute dtype.
 
 
 @register_jitable
-def leave(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
+def no_update(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Leave the gradients alone, for a pass that sums."""
 
 
 @register_jitable
-def _signed(x, strength):  # type: ignore[no-untyped-def]
-    real = type(x)
-    return real(strength) * math.copysign(real(1.0), x) if abs(x) > 0 else real(0.0)
+def add_gradient(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
+    """Add, rounding after every operation."""
+    g[j] = _narrow(g[j], _widen(g[j]) + gradient(x, lam, c))
+
+
+@overload(signed)
+def _signed(a, x):  # type: ignore[no-untyped-def]
+    def compiled(a, x):  # type: ignore[no-untyped-def]
+        real = type(x)
+        return a * math.copysign(real(1.0), x) if abs(x) > 0 else real(0.0)
+
+    return compiled
+
+
+@overload(sqrt)
+def _sqrt(value):  # type: ignore[no-untyped-def]
+    return lambda value: math.sqrt(value)
 
 
 @register_jitable
-def _add_signed(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
-    g[j] = _narrow(g[j], _widen(g[j]) + _signed(x, strength))
+def no_gradient(x, lam, c):  # type: ignore[no-untyped-def]
+    """Stand in where there is no norm."""
+    return x
+
+
+@cache
+def cast_of(count: int) -> Any:
+    """Return the compiled function that makes a tuple of so many ``values``, rounded to a type."""
+    each = "".join(f"real(values[{k}]), " for k in range(count))
+    return _compiled("cast", f"def cast(values, real): return ({each})")
+
+
+@cache
+def store_of(count: int) -> Any:
+    """Return the compiled function that writes a tuple of so many ``values`` to a row."""
+    each = "; ".join(f"rows[row, {k}] = values[{k}]" for k in range(count))
+    return _compiled("store", f"def store(rows, row, values): {each or 'pass'}")
+
+
+def _compiled(name: str, source: str) -> Any:
+    """Return a function for tuples of one length, over which compiled code cannot loop."""
+    functions: dict[str, Any] = {}
+    exec(source, functions)
+    return register_jitable(functions[name])
 
 
 @register_jitable
-def _add_scaled(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
-    real = type(x)
-    g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * real(2)) * x)
+def one_lam(lam):  # type: ignore[no-untyped-def]
+    """Return a single λ, which is passed as a number since that is quicker, as a tuple."""
+    return (lam,)
 
 
 @register_jitable
-def add_both(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
-    """Add L1's gradient plus that of squared L2; ``strength`` is a pair."""
-    real = type(x)
-    added = _signed(x, strength[0]) + (real(strength[1]) * real(2)) * x
-    g[j] = _narrow(g[j], _widen(g[j]) + added)
-
-
-@register_jitable
-def add_quotient(g, j, x, strength, divisor):  # type: ignore[no-untyped-def]
-    """Add L2's gradient; ``divisor`` is the norm."""
-    real = type(x)
-    g[j] = _narrow(g[j], _widen(g[j]) + (real(strength) * x) / real(divisor))
-
-
-UPDATES = {
-    ActivityNorm.L1: _add_signed,
-    ActivityNorm.L2: add_quotient,
-    ActivityNorm.L2_SQUARED: _add_scaled,
-    ActivityNorm.L1_L2_SQUARED: add_both,
-}
+def several_lams(lam):  # type: ignore[no-untyped-def]
+    """Return several λ as they are."""
+    return lam
 
 
 # Rows: update the gradients along one axis and add the magnitudes to the total, which is a sum in
@@ -257,48 +279,48 @@ def _plus(total, term):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _sum_plain(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_plain(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     hi, lo = total
     for j in range(x.size):
         value = _widen(x[j])
         hi = _plus(hi, magnitude(np.float64(value))[0])
-        update(g, j, value, strength, divisor)
+        update(g, j, value, gradient, lam, c)
     return hi, lo
 
 
 @register_jitable
-def _sum_plain_both(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_plain_both(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     absolute, absolute_lo, squares, squares_lo = total
     for j in range(x.size):
         value = _widen(x[j])
         wide = np.float64(value)
         absolute = _plus(absolute, abs(wide))
         squares = _plus(squares, wide * wide)
-        update(g, j, value, strength, divisor)
+        update(g, j, value, gradient, lam, c)
     return absolute, absolute_lo, squares, squares_lo
 
 
 @register_jitable
-def _sum_anchored(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_anchored(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     for start in range(0, x.size, ANCHORED_TERMS):
         # Slices indexed from 0 need no check for negative indices, which would not vectorize.
         xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
-        total = _merge(total, _sum_tile(xs, gs, magnitude, update, strength, divisor))
+        total = _merge(total, _sum_tile(xs, gs, magnitude, update, gradient, lam, c))
     return total
 
 
 @register_jitable
-def _sum_anchored_both(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_anchored_both(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     for start in range(0, x.size, ANCHORED_TERMS):  # the second look at a tile is in the cache
         xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
-        absolute = _sum_tile(xs, gs, _absolute, leave, strength, divisor)
-        squares = _sum_tile(xs, gs, _square, update, strength, divisor)
+        absolute = _sum_tile(xs, gs, _absolute, no_update, gradient, lam, c)
+        squares = _sum_tile(xs, gs, _square, update, gradient, lam, c)
         total = _merge_both(total, (*absolute, *squares))
     return total
 
 
 @register_jitable
-def _sum_tile(xs, gs, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def _sum_tile(xs, gs, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     largest = 0
     for j in range(xs.size):  # the bits of magnitudes are in the order of the magnitudes
         largest = max(largest, _bits(abs(xs[j])))
@@ -310,17 +332,17 @@ def _sum_tile(xs, gs, magnitude, update, strength, divisor):  # type: ignore[no-
         high = (term + anchor) - anchor
         total = _plus(total, high)
         rest = _plus(rest, (term - high) - excess)
-        update(gs, j, xs[j], strength, divisor)
+        update(gs, j, xs[j], gradient, lam, c)
     if largest == 0 or 123 <= exponent <= 2036:
         return two_sum(total, rest)
     return math.inf, 0.0
 
 
 @register_jitable
-def sum_nothing(x, g, total, magnitude, update, strength, divisor):  # type: ignore[no-untyped-def]
+def update_only(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Update only."""
     for j in range(x.size):
-        update(g, j, _widen(x[j]), strength, divisor)
+        update(g, j, _widen(x[j]), gradient, lam, c)
     return total
 
 
@@ -354,77 +376,30 @@ def _merged_both(totals):  # type: ignore[no-untyped-def]
     return first[0], first[1], second[0], second[1]
 
 
-# λ, or both of a pair.
-
-
-@register_jitable
-def _rounded(lam, real):  # type: ignore[no-untyped-def]
-    return np.float64(real(lam))
-
-
-@register_jitable
-def _rounded_both(lam, real):  # type: ignore[no-untyped-def]
-    return np.float64(real(lam[0])), np.float64(real(lam[1]))
-
-
-@register_jitable
-def _largest(lam):  # type: ignore[no-untyped-def]
-    return lam
-
-
-@register_jitable
-def _largest_of_both(lam):  # type: ignore[no-untyped-def]
-    return max(lam[0] / 2, lam[1])  # the limit is that of λ₂, which the gradient doubles
-
-
-@register_jitable
-def _certified(total, bound, lam, epsilon, root, real):  # type: ignore[no-untyped-def]
-    return certified(total[0], total[1], bound, lam, epsilon, root, real)
-
-
-@register_jitable
-def _certified_both(total, bound, lam, epsilon, root, real):  # type: ignore[no-untyped-def]
-    penalty, certain = certified_both(total, bound, lam, real)
-    return penalty, real(0.0), True, certain
-
-
 class Summing(NamedTuple):
-    """How a norm is summed: what a kernel closes over."""
+    """How powers of |x| are summed: what a kernel closes over."""
 
     row: Any
     zero: tuple[float, ...]
     merge: Any
     merged: Any
+    certified: Any
     magnitude: Any = _absolute
-    numbers: Any = types.float64  # the type of λ
-    rounded: Any = _rounded
-    largest: Any = _largest
-    certified: Any = _certified
 
 
-def summing_of(norm: ActivityNorm | None, dtype: np.dtype[Any]) -> Summing:
-    """Return how ``norm`` is summed; None sums nothing."""
+def summing_of(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Summing:
+    """Return how ``terms`` are summed; no terms are a pass that only updates."""
     anchored = dtype == FLOAT64
-    if norm is None:
-        return Summing(sum_nothing, (0.0, 0.0), _merge, _merged)
-    if norm is ActivityNorm.L1_L2_SQUARED:
-        return Summing(
-            _sum_anchored_both if anchored else _sum_plain_both,
-            (0.0,) * 4,
-            _merge_both,
-            _merged_both,
-            numbers=types.UniTuple(types.float64, 2),
-            rounded=_rounded_both,
-            largest=_largest_of_both,
-            certified=_certified_both,
-        )
-    row = _sum_anchored if anchored else _sum_plain
-    magnitude = _absolute if norm is ActivityNorm.L1 else _square
-    return Summing(row, (0.0, 0.0), _merge, _merged, magnitude)
+    if len(terms) == 2:
+        row = _sum_anchored_both if anchored else _sum_plain_both
+        return Summing(row, (0.0,) * 4, _merge_both, _merged_both, certified_two)
+    row = (_sum_anchored if anchored else _sum_plain) if terms else update_only
+    magnitude = _square if terms == (2,) else _absolute
+    return Summing(row, (0.0, 0.0), _merge, _merged, certified_one, magnitude)
 
 
 @register_jitable
-def tally_row(row, bins, squares):  # type: ignore[no-untyped-def]
+def accumulate(row, bins, squares):  # type: ignore[no-untyped-def]
     """Add the limbs of every element, or of its square, to the bin of its exponent.
 
     Returns infinity or NaN once met, else 0. A limb is below 2²⁸, so a bin holds 2³⁵ of them.

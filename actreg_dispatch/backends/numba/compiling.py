@@ -12,10 +12,10 @@ from typing import Any
 
 import numba
 
-from actreg_dispatch import rounding
+from actreg_dispatch import sums
 from actreg_dispatch.runtime.threads import interrupts_wait, lock_over_fork
 
-__all__ = ["COMPILING", "KERNELS", "code_edition", "compile_kernel", "kernel_of"]
+__all__ = ["COMPILING", "KERNELS", "compile_kernel", "kernel_of", "source_hash"]
 
 _CACHING = {"": True, "0": False, "1": True}.get(os.environ.get("ACTREG_CACHE", "").strip())
 if _CACHING is None:
@@ -26,7 +26,8 @@ if _CACHING is None:
 
 def _sources() -> int:
     """Return a number for the code that kernels are made of."""
-    files = [Path(rounding.__file__), *sorted(Path(__file__).parent.glob("*.py"))]
+    rooms = Path(__file__).parent, Path(sums.__file__).parent
+    files = [file for room in rooms for file in sorted(room.glob("*.py"))]
     try:
         return zlib.crc32(b"".join(file.read_bytes() for file in files))
     except OSError:  # then there is no cache either
@@ -68,10 +69,10 @@ def compile_kernel(kernel: Any, signature: Any, parallel: bool = False, **option
     return compiler(signature, **options)(kernel)
 
 
-def code_edition() -> int:
+def source_hash() -> int:
     """Return a number for what else the code of a kernel depends on.
 
-    That is the files of kernels and their pieces, that of :mod:`~actreg_dispatch.rounding`, and
+    That is the files of kernels and their pieces, those of :mod:`~actreg_dispatch.sums`, and
     Numba's environment variables, such as ``NUMBA_BOUNDSCHECK``. Kernels close over the number,
     which makes it part of the key of Numba's cache; Numba itself notices only that the file of the
     kernel has changed.

@@ -1,0 +1,135 @@
+"""What a backend is; the ones that come with the package are in :mod:`actreg_dispatch.backends`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import numpy as np
+
+from actreg_dispatch.norms import Norm
+from actreg_dispatch.options import Constants, Options
+from actreg_dispatch.sums.exact import Total
+
+__all__ = ["Backend"]
+
+
+class Backend(ABC):
+    """What a backend is: operations on the arrays it takes, and whether it can run here.
+
+    Derive a backend from this class, which has defaults for what is optional.
+
+    Arguments are checked before a backend sees them: ``activations`` is an array of the registered
+    type whose dtype is in ``dtypes``, and a NumPy array is a plain ndarray, aligned unless the
+    backend is the reference. ``gradients`` is a writable one of the same shape and dtype that
+    shares no memory with it, on the same device. ``norm`` is a
+    :class:`~actreg_dispatch.norms.Norm`. ``lam``, λ of the penalty, and ``gradient_lam``, λ of the
+    gradient, are tuples of floats that the compute dtype T holds exactly; those of the gradient may
+    be negative, infinite or NaN.
+    """
+
+    name: str
+    """The name that the backend is registered under."""
+    dtypes: Container[np.dtype[Any]]
+    """The dtypes, byte order included, that the backend takes natively."""
+    unavailable_because: str = ""
+    """Why the backend cannot run here; empty when it can."""
+
+    def is_available(self) -> bool:
+        """Whether the backend can run here. Never raises, never slow twice."""
+        return not self.unavailable_because
+
+    @abstractmethod
+    def partial_sum(self, activations: Any, norm: Norm) -> Total:
+        """Return the sum, or both, that the norm takes, exactly, on the host."""
+
+    @abstractmethod
+    def penalty(self, activations: Any, norm: Norm, lam: tuple[float, ...]) -> Any:
+        """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
+
+    @abstractmethod
+    def apply(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        lam: tuple[float, ...],
+        gradient_lam: tuple[float, ...],
+        epsilon: float,
+    ) -> Any:
+        """Add the gradient to ``gradients`` in place and return the penalty.
+
+        ``epsilon`` is what the norm's guard, if it has one, compares with.
+        """
+
+    @abstractmethod
+    def add_gradient(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        gradient_lam: tuple[float, ...],
+        coefficients: tuple[float, ...],
+    ) -> None:
+        """Add the gradient to ``gradients`` in place; ``coefficients`` are values of T."""
+
+    # Optional, for speed.
+
+    def clear(self, gradients: Any) -> None:
+        """Fill new, contiguous gradients with zeros."""
+        gradients[...] = 0
+
+    def fused_kernel(
+        self, norm: Norm, dtype: np.dtype[Any], size: int, *, writes: bool
+    ) -> Callable[..., float] | None:
+        """Return a function that does a whole call on contiguous NumPy arrays, or None.
+
+        It is given unchecked arrays of one axis and ``dtype``, about ``size`` elements long:
+        ``(activations, gradients, lam, count, scale, epsilon)``. λ, a plain float where the norm
+        takes one, is still to be divided by ``count``, multiplied by ``scale`` for the gradient,
+        and rounded to T; epsilon is NaN for the default. It returns the
+        penalty, or :data:`~actreg_dispatch.sums.certified.NOT_HANDLED`, or
+        :data:`~actreg_dispatch.sums.certified.NEEDS_EXACT_SUM`; arrays of another type are a
+        TypeError. Where ``writes`` is false the gradients are the activations again, to be left.
+        """
+        return None
+
+    def fused_batch(
+        self,
+        activations: tuple[Any, ...],
+        gradients: tuple[Any, ...],
+        options: Options,
+        scale: float,
+    ) -> np.ndarray[Any, Any] | None:
+        """Do the same for many layers of NumPy arrays, in one call, or None.
+
+        The first activations are an array of NumPy; nothing else is checked. Returns the penalties
+        as float64, where one may be ``NEEDS_EXACT_SUM``, or ``NOT_HANDLED`` if the gradients of
+        that layer are still to be updated; None where nothing was written.
+        """
+        return None
+
+    def apply_batch(
+        self,
+        activations: Sequence[Any],
+        gradients: Sequence[Any],
+        norm: Norm,
+        constants: Sequence[Constants],
+    ) -> list[Any] | None:
+        """Do :meth:`apply` for many layers, which have been checked, in a few launches, or None."""
+        return None
+
+    def quick_sum(
+        self,
+        activations: Any,
+        norm: Norm,
+        gradients: Any = None,
+        gradient_lam: tuple[float, ...] = (),
+    ) -> tuple[float, ...] | None:
+        """Return the sums as pairs for :func:`~actreg_dispatch.sums.certified.round_if_certain`.
+
+        The same pass adds the gradient of a norm of one pass, if gradients are given. None, and
+        nothing is written, where the backend has no such sum.
+        """
+        return None

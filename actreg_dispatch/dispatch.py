@@ -1,0 +1,363 @@
+"""From a call to what computes it: the plan of a call, the backend, and the constants.
+
+A call on plain NumPy arrays goes to one compiled kernel, which checks them itself
+(:class:`Dispatcher`). All other calls are checked here, step by step, before anything is written,
+and then handed to a backend. Arrays of libraries that have an adapter never come here: their
+adapters call back with the memory of the arrays.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actreg_dispatch.backend import Backend
+from actreg_dispatch.dtypes import COMPUTE_DTYPES, compute_dtype
+from actreg_dispatch.options import (
+    UNSCALED,
+    Constants,
+    Options,
+    check_count,
+    check_scale,
+    constants_of,
+    count_of,
+)
+from actreg_dispatch.registry import (
+    NUMPY,
+    RAW_ENVIRONMENT,
+    RAW_KEY,
+    asked_by_context,
+    choose,
+)
+from actreg_dispatch.sums.certified import NOT_HANDLED
+from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
+from actreg_dispatch.transfer import MovingBackend, zeros_like
+from actreg_dispatch.validation import check_activations, check_gradients
+
+__all__ = [
+    "NO_PLAN",
+    "Dispatcher",
+    "Resolved",
+    "add_gradient",
+    "apply",
+    "backend_for",
+    "checked_constants",
+    "finish",
+    "partial_sum",
+    "penalty",
+    "penalty_and_gradient",
+    "penalty_exactly",
+    "resolve",
+    "update",
+]
+
+_NDARRAY = np.ndarray
+NO_PLAN: tuple[Any, ...] = (None,) * 5
+
+# To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
+# but before NumPy 2 the float32 would become a float64.
+_FLOATS_ARE_WEAK = (np.float32(0) + 0.0).dtype == np.float32
+
+
+class Dispatcher:
+    """The options of one regularization, and what its calls on plain NumPy arrays came down to.
+
+    A plan is a tuple, made at the first call of a kind and replaced as a whole, so threads may
+    race: what the choice of a backend was made by, the dtype, the kernel and a zero of the compute
+    dtype. There is one for calls that read and one for calls that write.
+    """
+
+    __slots__ = (
+        "_batch",
+        "_kernels",
+        "_options",
+        "_reading",
+        "divides",
+        "epsilon",
+        "lam",
+        "updating",
+    )
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._reading = self.updating = NO_PLAN
+        self._kernels: tuple[Any, dict[Any, Any]] = None, {}
+
+    @property
+    def options(self) -> Options:
+        """The options; no plan depends on λ, so it may be replaced."""
+        return self._options
+
+    @options.setter
+    def options(self, options: Options) -> None:
+        lam, _, epsilon, reduction, _ = self._options = options
+        self.divides, self._batch = reduction != "sum", reduction == "batch"
+        self.lam: Any = lam if len(lam) > 1 else lam[0]
+        self.epsilon = math.nan if epsilon is None else epsilon
+
+    def fused(self, activations: Any, gradients: Any, writes: bool, scale: Any = UNSCALED) -> Any:
+        """Do a whole call by one compiled kernel if the arrays are plain enough, or return None.
+
+        Such a kernel takes contiguous arrays and does at once what is done step by step below,
+        checks included. Whatever it does not handle it leaves alone, to be computed, or complained
+        about, the general way. Without ``writes`` the gradients are the activations again.
+        """
+        if not (type(activations) is _NDARRAY is type(gradients)):  # which __class__ may belie
+            return None
+        x, g = activations, gradients
+        context, environment, dtype, kernel, zero = self.updating if writes else self._reading
+        planned = (
+            x.dtype is dtype is g.dtype
+            and asked_by_context() is context
+            and RAW_ENVIRONMENT.get(RAW_KEY) is environment
+        )
+        if x.ndim != 1 or not planned:
+            if not (x.shape == g.shape and x.flags.c_contiguous and g.flags.c_contiguous):
+                return None
+            x, g = x.ravel(), g.ravel()
+        count = 1.0
+        if self.divides:
+            if not activations.ndim:
+                return None
+            count = (len(activations) if self._batch else x.size) * 1.0 or 1.0
+        if scale is not UNSCALED and type(scale) is not float:
+            scale = check_scale(scale)
+        penalty = NOT_HANDLED
+        if planned:
+            try:
+                penalty = kernel(x, g, self.lam, count, scale, self.epsilon)
+            except TypeError:  # strided or read-only; it takes some 50 µs to find out, so not twice
+                self._reading = self.updating = NO_PLAN
+                return None
+        if penalty >= 0.0:
+            return zero + penalty
+        if penalty == NOT_HANDLED:
+            penalty, zero = self._planned(x, g, writes, count, scale)
+        if penalty >= 0.0:
+            return zero.dtype.type(penalty)
+        return None if penalty == NOT_HANDLED else self.exact(activations)
+
+    def exact(self, activations: Any) -> Any:
+        """Return the penalty by way of the exact sum."""
+        return penalty_exactly(self._options, activations)
+
+    def _planned(
+        self, x: Any, g: Any, writes: bool, count: float, scale: float
+    ) -> tuple[float, Any]:
+        """Find the kernel that handles such arrays, call it, and keep it as the plan."""
+        dtype, compute = x.dtype, compute_dtype(x.dtype)
+        if compute is None or g.dtype != dtype:  # Numba would not always tell a foreign byte order
+            return NOT_HANDLED, None
+        asked = asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)
+        known = self._kernels  # replaced as a whole, so threads may race
+        if known[0] != asked:
+            known = self._kernels = asked, {}
+        found = known[1]
+        penalty, kernels = NOT_HANDLED, found.get((dtype, writes), ())
+        for kernel in kernels:
+            penalty = _called(kernel, x, g, self.lam, count, scale, self.epsilon)
+            if penalty != NOT_HANDLED:
+                break
+        else:
+            backend, target = choose(NUMPY, dtype, self._options.backend, log=False)
+            if target != NUMPY:
+                return NOT_HANDLED, None
+            kernel = backend.fused_kernel(self._options.norm, dtype, x.size, writes=writes)
+            if kernel is None or kernel in kernels:
+                return NOT_HANDLED, None
+            choose(NUMPY, dtype, self._options.backend)  # once more, to log it
+            found[dtype, writes] = (*kernels, kernel)
+            penalty = _called(kernel, x, g, self.lam, count, scale, self.epsilon)
+        zero = compute.type(0)
+        if penalty != NOT_HANDLED and _FLOATS_ARE_WEAK:
+            plan = *asked, dtype, kernel, zero
+            if writes:
+                self.updating = plan
+            else:
+                self._reading = plan
+        return penalty, zero
+
+
+def _called(kernel: Any, *arguments: Any) -> float:
+    try:
+        return kernel(*arguments)  # type: ignore[no-any-return]
+    except TypeError:  # read-only
+        return NOT_HANDLED
+
+
+class Resolved(NamedTuple):
+    """What a call comes down to besides its arrays."""
+
+    backend: Backend
+    norm: Any
+    lam: tuple[float, ...]
+    gradient_lam: tuple[float, ...]
+    epsilon: float
+
+
+def resolve(
+    options: Options,
+    dtype: np.dtype[Any],
+    shape: tuple[int, ...],
+    scale: float = UNSCALED,
+) -> Resolved:
+    """Return what :func:`apply` would do for a NumPy array like that.
+
+    For adapters that hand pieces of an array to the backend themselves.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As for :meth:`~actreg_dispatch.ActivityRegularization.apply`.
+    """
+    constants = constants_of(options, dtype, count_of(options.reduction, shape), scale)
+    backend = _backend(NUMPY, *choose(NUMPY, dtype, options.backend))
+    return Resolved(backend, options.norm, *constants)
+
+
+def _backend(array_type: str, backend: Backend, target: str) -> Backend:
+    """Return the chosen backend, which moves data if it must."""
+    return backend if target == array_type else MovingBackend(backend, array_type, target)
+
+
+def backend_for(options: Options, array_type: str, *arrays: Any) -> Backend:
+    """Return the backend for checked arrays of type ``array_type``, which moves data if it must."""
+    aligned = array_type != NUMPY or all(array.flags.aligned for array in arrays)
+    return _backend(
+        array_type, *choose(array_type, arrays[0].dtype, options.backend, aligned=aligned)
+    )
+
+
+def checked_constants(
+    options: Options, activations: Any, scale: float = UNSCALED, name: str = "activations"
+) -> Constants:
+    """Return what a backend is told for activations, which errors call ``name``."""
+    # Arrays of other libraries need not have a shape, as long as nothing is divided by it.
+    divides = options.reduction != "sum"
+    count = count_of(options.reduction, activations.shape, name) if divides else 1
+    return constants_of(options, activations.dtype, count, scale, name)
+
+
+# The operations of a regularization, checked.
+
+
+def penalty(options: Options, activations: Any) -> Any:
+    """Return the penalty."""
+    array_type, x = check_activations(activations)
+    lam = checked_constants(options, x).lam
+    return backend_for(options, array_type, x).penalty(x, options.norm, lam)
+
+
+def partial_sum(options: Options, activations: Any) -> Total:
+    """Return the exact sum, or both."""
+    array_type, x = check_activations(activations)
+    return backend_for(options, array_type, x).partial_sum(x, options.norm)
+
+
+def finish(options: Options, total: Total, count: int | None) -> Any:
+    """Return the penalty of what ``total`` is the sum of."""
+    _check_total(options, total)
+    count = check_count(options.reduction, count)
+    lam, gradient_lam, epsilon = constants_of(options, total.dtype, count)
+    found = outcome_of(total, options.norm, lam, gradient_lam, epsilon)
+    return total.dtype.type(found.penalty)
+
+
+def apply(options: Options, activations: Any, gradients: Any, scale: float) -> Any:
+    """Add the gradient to ``gradients`` in place and return the penalty."""
+    array_type, x = check_activations(activations)
+    return update(options, array_type, x, check_gradients(x, gradients, array_type), scale)
+
+
+def add_gradient(
+    options: Options,
+    activations: Any,
+    gradients: Any,
+    total: Total | None,
+    count: int | None,
+    scale: float,
+) -> None:
+    """Add the gradient of a piece to ``gradients`` in place."""
+    array_type, x = check_activations(activations)
+    gradients = check_gradients(x, gradients, array_type)
+    count = check_count(options.reduction, count)
+    lam, gradient_lam, epsilon = constants_of(options, x.dtype, count, scale)
+    norm = options.norm
+    coefficients: tuple[float, ...] = ()
+    if norm.two_pass or total is not None:
+        _check_total(options, total, COMPUTE_DTYPES[x.dtype])
+    if norm.two_pass:
+        assert total is not None
+        found = outcome_of(total, norm, lam, gradient_lam, epsilon)
+        if not found.has_gradient:
+            return
+        coefficients = found.coefficients
+    backend = backend_for(options, array_type, x, gradients)
+    backend.add_gradient(x, gradients, norm, gradient_lam, coefficients)
+
+
+def penalty_and_gradient(
+    dispatcher: Dispatcher, activations: Any, out: Any, scale: float
+) -> tuple[Any, Any]:
+    """Return the penalty and its gradient, in ``out`` or a new array."""
+    options = dispatcher.options
+    array_type, x = check_activations(activations)
+    if out is not None:
+        gradients = check_gradients(x, out, array_type, "out")
+        return update(options, array_type, x, gradients, scale, overwrite=True), out
+    gradient = zeros_like(x, array_type)
+    penalty = dispatcher.fused(x, gradient, True, scale)
+    if penalty is None:
+        penalty = update(options, array_type, x, gradient, scale)
+    return penalty, gradient
+
+
+def update(
+    options: Options,
+    array_type: str,
+    x: Any,
+    gradients: Any,
+    scale: float,
+    *,
+    overwrite: bool = False,
+) -> Any:
+    """Do :func:`apply` for checked arrays, to zero gradients if they are to be overwritten."""
+    constants = checked_constants(options, x, scale)
+    backend = backend_for(options, array_type, x, gradients)
+    if overwrite and isinstance(backend, MovingBackend):  # which may fail on the way there
+        new = zeros_like(gradients, array_type)
+        penalty = backend.apply(x, new, options.norm, *constants)
+        gradients[...] = new
+        return penalty
+    if overwrite:
+        gradients[...] = 0
+    return backend.apply(x, gradients, options.norm, *constants)
+
+
+def penalty_exactly(options: Options, activations: Any) -> Any:
+    """Return the penalty by way of the exact sum."""
+    count = None
+    if options.reduction != "sum":
+        count = count_of(options.reduction, activations.shape)
+    return finish(options, partial_sum(options, activations), count)
+
+
+def _check_total(options: Options, total: Any, dtype: np.dtype[Any] | None = None) -> None:
+    """Refuse what is no sum for this norm, and for activations of the compute dtype if any."""
+    if not isinstance(total, (PartialSum, PairedSum)):
+        raise TypeError(
+            f"total={total!r} is of type {type(total).__name__}; pass the sum of what "
+            f"partial_sum returned for each piece, computed if it is lazy"
+        )
+    if tuple(part.degree for part in total.parts) != options.norm.terms:
+        raise ValueError(
+            f"total={total!r} is not what norm {options.norm.name!r} takes; "
+            f"pass partial sums of the same regularization"
+        )
+    if dtype not in (None, total.dtype):
+        raise ValueError(
+            f"total is for {total.dtype} penalties, but those of the activations are {dtype}; "
+            f"pass the sum of pieces of their dtype"
+        )

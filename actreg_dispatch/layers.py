@@ -1,0 +1,168 @@
+"""Many layers at once: one parallel region for all of them, or a few launches on a device.
+
+Plain NumPy arrays go to one compiled function, which checks them itself. All others are checked
+here, every one of them before any gradients are written.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actreg_dispatch.dispatch import backend_for, checked_constants, penalty_exactly, update
+from actreg_dispatch.dtypes import compute_dtype, round_to
+from actreg_dispatch.errors import MixedArraysError
+from actreg_dispatch.norms import L1
+from actreg_dispatch.options import Options
+from actreg_dispatch.registry import CUPY, NUMPY, choose, library_of
+from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED
+from actreg_dispatch.transfer import on_device_of
+from actreg_dispatch.validation import check_activations, check_apart, check_gradients
+
+__all__ = ["Penalties", "apply_all"]
+
+
+_SEQUENCES = (list, tuple)
+
+
+class Penalties(NamedTuple):
+    """What :meth:`~actreg_dispatch.ActivityRegularization.apply_all` returns."""
+
+    total: Any
+    """The sum of the penalties."""
+    layers: Any
+    """The penalty of each layer, in a list, or in a dict by name."""
+
+
+def apply_all(reg: Any, activations: Any, gradients: Any, scale: float) -> Penalties:
+    """Add the gradients of all layers to ``gradients`` in place and return the penalties.
+
+    ``reg`` is the regularization, which adapters are given as a whole.
+    """
+    names, xs, gs = _named_layers(activations, gradients)
+    labels = list(range(len(xs))) if names is None else names
+    library = library_of(xs[0]) if xs else None
+    if library is not None:
+        total, layers = library.apply_all(reg, labels, xs, gs, scale=scale)
+    else:
+        total, layers = _fused_batch(reg.options, xs, gs, scale) or _checked_batch(
+            reg.options, labels, xs, gs, scale
+        )
+    return Penalties(total, layers if names is None else dict(zip(names, layers, strict=True)))
+
+
+def _named_layers(
+    activations: Any, gradients: Any
+) -> tuple[list[Any] | None, tuple[Any, ...], tuple[Any, ...]]:
+    """Return the names of the layers, if they have any, and their activations and gradients."""
+    if not (type(activations) in _SEQUENCES and type(gradients) in _SEQUENCES):
+        mappings = isinstance(activations, Mapping), isinstance(gradients, Mapping)
+        if all(mappings):
+            if activations.keys() != gradients.keys():
+                odd = sorted(map(repr, activations.keys() ^ gradients.keys()))
+                raise ValueError(
+                    f"activations and gradients differ in the layers {', '.join(odd)}; "
+                    f"pass both under the same names"
+                )
+            names = list(activations)
+            return names, tuple(activations[n] for n in names), tuple(gradients[n] for n in names)
+        if any(mappings):
+            raise TypeError(
+                f"activations are a {type(activations).__name__} but gradients are a "
+                f"{type(gradients).__name__}; pass two lists of arrays, or two dicts by name"
+            )
+        for name, layers in (("activations", activations), ("gradients", gradients)):
+            if not isinstance(layers, _SEQUENCES):
+                raise TypeError(
+                    f"{name} are a {type(layers).__name__}; pass lists of arrays, or dicts by name"
+                )
+    xs, gs = tuple(activations), tuple(gradients)  # which no other thread can change
+    if len(xs) != len(gs):
+        raise ValueError(
+            f"gradients has {len(gs)} layers but activations has {len(xs)}; pass one for each"
+        )
+    return None, xs, gs
+
+
+def _fused_batch(
+    options: Options, xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float
+) -> tuple[Any, list[Any]] | None:
+    """Do all layers by one compiled function if they are plain enough, or return None."""
+    if not xs or type(xs[0]) is not np.ndarray:
+        return None
+    dtype = xs[0].dtype
+    compute = compute_dtype(dtype)
+    if compute is None:
+        return None
+    backend, target = choose(NUMPY, dtype, options.backend, log=False)
+    penalties = backend.fused_batch(xs, gs, options, scale) if target == NUMPY else None
+    if penalties is None:
+        return None
+    choose(NUMPY, dtype, options.backend)  # once more, to log it
+    layers, values = list(penalties.astype(compute)), penalties.tolist()
+    for k, value in enumerate(values) if min(values) < 0.0 else ():
+        if value == NEEDS_EXACT_SUM:
+            layers[k] = penalty_exactly(options, xs[k])
+        elif value == NOT_HANDLED:
+            layers[k] = update(options, NUMPY, xs[k], gs[k], scale)
+        values[k] = float(layers[k])
+    return _sum_of(values, compute), layers
+
+
+def _checked_batch(
+    options: Options,
+    labels: Sequence[Any],
+    xs: tuple[Any, ...],
+    gs: tuple[Any, ...],
+    scale: float,
+) -> tuple[Any, list[Any]]:
+    """Check all layers, then do one after the other, or on a device all in a few launches."""
+    array_types, layers, arrays = set(), [], []
+    for label, activations, gradients in zip(labels, xs, gs, strict=True):
+        name, written = f"activations[{label!r}]", f"gradients[{label!r}]"
+        array_type, x = check_activations(activations, name)
+        g = check_gradients(x, gradients, array_type, written, name)
+        constants = checked_constants(options, x, scale, name)
+        array_types.add(array_type)
+        layers.append((backend_for(options, array_type, x, g), x, g, constants))
+        if array_type in (NUMPY, CUPY):
+            arrays += [(name, x, False), (written, g, True)]
+    if len(array_types) > 1:
+        raise MixedArraysError(
+            f"activations are of several libraries ({', '.join(sorted(array_types))}); "
+            f"call apply_all for each"
+        )
+    check_apart(arrays)
+    if not layers:
+        return np.float64(0.0), []
+    (array_type,) = array_types
+    backends, checked_xs, checked_gs, all_constants = zip(*layers, strict=True)
+    if array_type == CUPY and len({str(x.device) for x in checked_xs}) > 1:
+        raise ValueError("activations are on several devices; call apply_all for each")
+    with on_device_of(checked_xs[0], array_type):
+        batched = len({id(backend) for backend in backends}) == 1
+        penalties = batched and backends[0].apply_batch(
+            checked_xs, checked_gs, options.norm, all_constants
+        )
+        if not penalties:
+            penalties = [
+                backend.apply(x, g, options.norm, *constants) for backend, x, g, constants in layers
+            ]
+        if array_type == CUPY:  # on the device; penalties are their own magnitudes
+            stacked = sys.modules["cupy"].stack(penalties)
+            return backends[0].penalty(stacked, L1, (1.0,)), penalties
+    widest = max((each.dtype for each in penalties), key=lambda dtype: dtype.itemsize)
+    return _sum_of(map(float, penalties), widest), penalties
+
+
+def _sum_of(penalties: Iterable[float], dtype: np.dtype[Any]) -> Any:
+    """Return the sum, rounded to binary64, then to ``dtype``."""
+    try:
+        total = math.fsum(penalties)
+    except OverflowError:
+        total = math.inf
+    return round_to(dtype, total)

@@ -1,0 +1,196 @@
+"""Frozen options, and λ as a backend takes it: divided, scaled, rounded to T, and checked."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from actreg_dispatch.dtypes import COMPUTE_DTYPES
+from actreg_dispatch.norms import MOST_LAMS, NORMS, Norm
+
+__all__ = [
+    "REDUCTIONS",
+    "UNSCALED",
+    "Constants",
+    "Options",
+    "check_count",
+    "check_lam",
+    "check_number",
+    "check_real",
+    "check_scale",
+    "constants_of",
+    "count_of",
+]
+
+REDUCTIONS = ("sum", "mean", "batch")
+UNSCALED = 1.0
+"""The scale of a call that is given none, which is told by this very object."""
+
+
+class Options(NamedTuple):
+    """A regularization as it is at one time: what a traced, lazy or pickled computation keeps."""
+
+    lam: tuple[float, ...]
+    norm: Norm
+    epsilon: float | None
+    reduction: str
+    backend: str | None
+
+
+class Constants(NamedTuple):
+    """What a backend is told besides the arrays and the norm."""
+
+    lam: tuple[float, ...]  # λ of the penalty, values of T
+    gradient_lam: tuple[float, ...]  # λ of the gradient, values of T
+    epsilon: float
+
+
+def count_of(reduction: str, shape: tuple[int, ...], name: str = "activations") -> int:
+    """Return what λ is divided by for activations of ``shape``, which errors call ``name``.
+
+    Raises
+    ------
+    ValueError
+        If that is the length of an axis that they do not have.
+    """
+    if reduction == "sum":
+        return 1
+    if reduction == "mean":
+        return max(1, math.prod(map(int, shape)))
+    if not shape:
+        raise ValueError(f"{name} have no axes, so no batch to divide by; use reduction='sum'")
+    return max(1, int(shape[0]))
+
+
+def check_count(reduction: str, count: int | None) -> int:
+    """Return what λ is divided by for activations of which only ``count`` is known.
+
+    Raises
+    ------
+    ValueError
+        If it is needed and no whole number >= 0.
+    """
+    if reduction == "sum":
+        return 1
+    if not isinstance(count, numbers.Integral) or not 0 <= count < 1 << 63:
+        raise ValueError(
+            f"count={count!r}, but reduction={reduction!r} divides by a number of all pieces "
+            f"together; pass how many elements ('mean') or samples ('batch') they have"
+        )
+    return max(1, int(count))
+
+
+def check_number(name: str, value: Any) -> float:
+    """Return ``value`` as a Python float if it is a finite real number >= 0.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number, naming the argument ``name``.
+    ValueError
+        If it is negative, infinite or NaN.
+    """
+    advice = f"pass a real number >= 0 and finite for {name}"
+    number = check_real(name, value, advice)
+    if not (number >= 0.0 and math.isfinite(number)):
+        raise ValueError(f"{name}={number!r} is out of range; {advice}")
+    return number + 0.0  # -0.0 becomes 0.0
+
+
+def check_real(name: str, value: Any, advice: str) -> float:
+    """Return ``value`` as a Python float if it is a real number, be it infinite or NaN.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number, naming the argument ``name`` and giving ``advice``.
+    """
+    if type(value) is np.ndarray and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; {advice}")
+    try:
+        return float(value)
+    except OverflowError:
+        return -math.inf if value < 0 else math.inf
+
+
+def check_lam(value: Any, norm: Norm) -> tuple[float, ...]:
+    """Return λ as the tuple that a norm takes; one number stands for all of several."""
+    if isinstance(value, np.ndarray) and value.ndim == 1 and 1 < value.size <= MOST_LAMS:
+        value = tuple(value.tolist())
+    several = isinstance(value, (tuple, list))
+    if norm.n_lams == 1:
+        if several and len(value) > 1:
+            fitting = [repr(name) for name, each in NORMS.items() if each.n_lams == len(value)]
+            use = f", or use norm {' or '.join(fitting)}" if fitting else ""
+            raise TypeError(
+                f"lam={value!r} are several numbers, but norm {norm.name!r} takes one; "
+                f"pass one{use}"
+            )
+        return (check_number("lam", value),)
+    each_lam = value if several else (value,) * norm.n_lams
+    if len(each_lam) != norm.n_lams:
+        raise ValueError(
+            f"lam={value!r} are not {norm.n_lams} numbers, which norm {norm.name!r} takes; "
+            f"pass as many, or one number for all"
+        )
+    return tuple(check_number(f"lam[{k}]", each) for k, each in enumerate(each_lam))
+
+
+def check_scale(scale: Any) -> float:
+    """Return ``scale`` as a Python float.
+
+    Raises
+    ------
+    TypeError
+        If it is no real number.
+    """
+    if type(scale) is float:
+        return scale
+    return check_real("scale", scale, "pass a real number, such as the loss scale")
+
+
+def constants_of(
+    options: Options,
+    dtype: np.dtype[Any],
+    count: int,
+    scale: float = UNSCALED,
+    name: str = "activations",
+) -> Constants:
+    """Return what a backend is told for activations of ``dtype``, of which there are ``count``.
+
+    Raises
+    ------
+    TypeError
+        If ``scale`` is no real number.
+    ValueError
+        If λ is too large for the dtype.
+    """
+    norm, compute = options.norm, COMPUTE_DTYPES[dtype]
+    real = compute.type
+    with np.errstate(all="ignore"):
+        scale = scale if scale is UNSCALED else check_scale(scale)
+        lam, gradient_lam = norm.rounded_lams(options.lam, count, scale, real)
+        if not _lam_fits(norm, lam, real):
+            given = options.lam if norm.n_lams > 1 else options.lam[0]
+            raise ValueError(f"lam={given!r} is too large for {dtype} {name}; lower it")
+    return Constants(
+        tuple(map(float, lam)),
+        tuple(map(float, gradient_lam)),
+        _machine_epsilon(compute) if options.epsilon is None else options.epsilon,
+    )
+
+
+@lru_cache
+def _lam_fits(norm: Norm, lam: tuple[Any, ...], real: Any) -> bool:
+    return bool(norm.lam_fits(lam, real(1)))
+
+
+@lru_cache
+def _machine_epsilon(dtype: np.dtype[Any]) -> float:
+    return float(np.finfo(dtype).eps)

@@ -1,0 +1,1 @@
+"""The numerical promise: sums of any order, rounded as if they were exact."""

@@ -1,0 +1,278 @@
+"""Exact sums, in integers: what partial sums are, and what is computed where rounding is open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT32, FLOAT64, round_to
+from actreg_dispatch.norms import Norm
+from actreg_dispatch.sums.certified import Outcome
+from actreg_dispatch.sums.extended import Extended, binary64, round_to_53_bits
+
+__all__ = [
+    "LIMB",
+    "PairedSum",
+    "PartialSum",
+    "Total",
+    "exact_sum",
+    "limbs_of",
+    "outcome_of",
+    "total_of",
+    "units_of",
+]
+
+LIMB = 27
+"""Bits of a limb: half of a significand, so that a product of two fits an integer of 64 bits."""
+
+
+@dataclass(frozen=True)
+class PartialSum:
+    """The exact sum of |x| or x² over a piece of the activations.
+
+    Partial sums add up with ``+`` or :func:`sum`, without rounding: whatever the pieces and
+    whatever the order, the total is that of the whole. They can be compared, pickled and sent to
+    other processes. ``float(total)`` is the sum rounded to binary64.
+
+    Attributes
+    ----------
+    degree : int
+        1 for a sum of |x|, 2 for a sum of x².
+    dtype : numpy.dtype
+        The compute dtype T of the activations.
+    units : int
+        The sum in units of ``2**(-1074 * degree)``.
+    special : float
+        Infinity or NaN, once met, else 0; then ``units`` are 0.
+
+    Examples
+    --------
+    >>> from actreg_dispatch import ActivityRegularization
+    >>> reg = ActivityRegularization.l2(1.0)
+    >>> total = reg.partial_sum(np.array([3.0])) + reg.partial_sum(np.array([4.0]))
+    >>> float(total), float(reg.finish(total))
+    (25.0, 5.0)
+    """
+
+    degree: int
+    dtype: np.dtype[Any]
+    units: int = 0
+    special: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.special:
+            object.__setattr__(self, "units", 0)
+
+    def __add__(self, other: PartialSum) -> PartialSum:
+        """Return the sum over both pieces.
+
+        Raises
+        ------
+        ValueError
+            If the two are not of one norm and dtype.
+        """
+        if not isinstance(other, PartialSum):
+            return NotImplemented
+        if (self.degree, self.dtype) != (other.degree, other.dtype):
+            raise ValueError(
+                f"other sums |x|**{other.degree} for {other.dtype} penalties, this one "
+                f"|x|**{self.degree} for {self.dtype}; add sums of one norm and one compute dtype"
+            )
+        units, special = self.units + other.units, self.special + other.special
+        return PartialSum(self.degree, self.dtype, units, special)
+
+    def __radd__(self, other: object) -> PartialSum:
+        return self if other == 0 else NotImplemented  # where the built-in sum starts
+
+    def __float__(self) -> float:
+        return self.special or binary64(self._value())
+
+    def __repr__(self) -> str:
+        power = "" if self.degree == 1 else f"**{self.degree}"
+        return f"<PartialSum of |x|{power} for {self.dtype} penalties, about {float(self)!r}>"
+
+    def rounded(self) -> Fraction | float:
+        """Return the sum rounded to 53 bits, ``RN64(S)``; a float if it is not finite."""
+        return self.special or round_to_53_bits(self._value())
+
+    @property
+    def parts(self) -> tuple[PartialSum, ...]:
+        """The sums, of which there is one."""
+        return (self,)
+
+    def _value(self) -> Fraction:
+        return Fraction(self.units, 1 << 1074 * self.degree)
+
+
+@dataclass(frozen=True)
+class PairedSum:
+    """The exact sums of |x| and of x² over a piece of the activations.
+
+    What :class:`PartialSum` is for the other norms, this is for those that take both sums, such as
+    ``L1_L2_SQUARED``: it adds up with ``+`` or :func:`sum`, without rounding.
+
+    Attributes
+    ----------
+    absolute, squares : PartialSum
+        The sums, of degree 1 and 2.
+    """
+
+    absolute: PartialSum
+    squares: PartialSum
+
+    def __post_init__(self) -> None:
+        pair = self.absolute, self.squares
+        if not all(isinstance(part, PartialSum) for part in pair):
+            raise TypeError(
+                f"absolute={self.absolute!r} and squares={self.squares!r} are not both a "
+                f"PartialSum; pass sums such as partial_sum returns"
+            )
+        if [part.degree for part in pair] != [1, 2] or len({part.dtype for part in pair}) > 1:
+            raise ValueError(
+                f"absolute={self.absolute!r} and squares={self.squares!r} are no pair; "
+                f"pass sums of |x| and of x², both of one compute dtype"
+            )
+
+    def __add__(self, other: PairedSum) -> PairedSum:
+        """Return the sums over both pieces."""
+        if not isinstance(other, PairedSum):
+            return NotImplemented
+        return PairedSum(self.absolute + other.absolute, self.squares + other.squares)
+
+    def __radd__(self, other: object) -> PairedSum:
+        return self if other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        about = f"about {float(self.absolute)!r} and {float(self.squares)!r}"
+        return f"<PairedSum of |x| and |x|**2 for {self.dtype} penalties, {about}>"
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The compute dtype T of the activations."""
+        return self.absolute.dtype
+
+    @property
+    def parts(self) -> tuple[PartialSum, ...]:
+        """The two sums."""
+        return self.absolute, self.squares
+
+
+Total = PartialSum | PairedSum
+"""What a norm sums: one sum or both."""
+
+
+def total_of(parts: Sequence[PartialSum]) -> Total:
+    """Return one sum, or two as a pair."""
+    return PairedSum(*parts) if len(parts) > 1 else parts[0]
+
+
+def outcome_of(
+    total: Total,
+    norm: Norm,
+    lam: tuple[float, ...],
+    gradient_lam: tuple[float, ...],
+    epsilon: float,
+) -> Outcome:
+    """Return what the sums of ``norm`` lead to; λ of penalty and gradient are values of T."""
+    sums = [part.rounded() for part in total.parts]
+    number: Any = np.float64
+    if any(isinstance(s, Fraction) and s and not _SMALLEST <= s < _BEYOND for s in sums):
+        number = Extended
+
+    def real(value: Any) -> float:
+        return float(round_to(total.dtype, float(value)))
+
+    with np.errstate(all="ignore"):
+        return Outcome(
+            *norm.evaluate(
+                tuple(number(float(s) if number is np.float64 else s) for s in sums),
+                tuple(map(number, lam)),
+                tuple(map(number, gradient_lam)),
+                number(epsilon),
+                real,
+            )
+        )
+
+
+_SMALLEST, _BEYOND = Fraction(2) ** -1022, 1 << 1024  # between them lie binary64's normal numbers
+
+
+def limbs_of(degree: int) -> int:
+    """Return how many limbs hold a significand of 53 bits to the power ``degree``."""
+    return 2 * degree
+
+
+def units_of(bins: np.ndarray[Any, Any], degree: int) -> int:
+    """Return the sum that is spread over ``bins``, as :class:`PartialSum` counts it.
+
+    ``bins[shift, place]`` holds the limbs of weight ``2**(degree * shift + LIMB * place)``.
+    """
+    return sum(
+        int(bins[shift, place]) << (degree * shift + LIMB * place)
+        for shift, place in np.argwhere(bins).tolist()
+    )
+
+
+def exact_sum(array: np.ndarray[Any, Any], degree: int) -> PartialSum:
+    """Return Σ|x| for the degree 1, Σx² for 2.
+
+    The array may be of any supported dtype and strides.
+
+    A binary64 magnitude is ``m * 2**(shift - 1074)`` with ``m < 2**53`` and ``0 <= shift < 2046``.
+    The significands, or their squares, are cut into limbs, and the limbs of one shift are summed:
+    a sum of 2¹⁶ numbers below 2²⁸ is exact in binary64, in any order.
+    """
+    chunk_size = 1 << 16
+    compute = COMPUTE_DTYPES[array.dtype]
+    bins = np.zeros((2046, limbs_of(degree)), np.int64)
+    special = 0.0
+    with np.errstate(invalid="ignore"):  # a signaling NaN is a NaN
+        if array.dtype.kind == "V":  # ml_dtypes' bfloat16, which nditer does not cast
+            array = array.astype(FLOAT32)
+        chunks: Iterable[Any] = np.nditer(
+            array,
+            flags=["buffered", "external_loop", "zerosize_ok"],
+            op_dtypes=[FLOAT64],
+            buffersize=chunk_size,
+        )
+        for chunk in chunks:
+            for start in range(0, chunk.size, chunk_size):  # unbuffered if contiguous
+                special += _spread(np.abs(chunk[start : start + chunk_size]), bins)
+    return PartialSum(degree, compute, units_of(bins, degree), special)
+
+
+def _spread(
+    magnitudes: np.ndarray[Any, np.dtype[np.float64]], bins: np.ndarray[Any, np.dtype[np.int64]]
+) -> float:
+    """Add the limbs of ``magnitudes`` to ``bins`` unless one is not finite; return that one, or 0.
+
+    NaN outweighs infinity.
+    """
+    largest = float(magnitudes.max(initial=0.0))
+    if not math.isfinite(largest):
+        return largest
+    bits, stored = magnitudes.view(np.uint64), np.uint64(52)
+    exponents = (bits >> stored).astype(np.intp)
+    leading = (exponents > 0).astype(np.uint64) << stored  # implied, but in subnormal numbers
+    significands = leading | (bits & np.uint64(2**52 - 1))
+    shifts = np.maximum(exponents, 1) - 1
+    half, mask = np.uint64(LIMB), np.uint64(2**LIMB - 1)
+    low, high = significands & mask, significands >> half
+    limbs = [low, high]
+    if bins.shape[1] == limbs_of(2):
+        ends, middle, top = low * low, np.uint64(2) * low * high, high * high
+        limbs = [
+            ends & mask,
+            (ends >> half) + (middle & mask),
+            (middle >> half) + (top & mask),
+            top >> half,
+        ]
+    for place, limb in enumerate(limbs):
+        sums = np.bincount(shifts, limb.astype(np.float64))
+        bins[: sums.size, place] += sums.astype(np.int64)
+    return 0.0

@@ -1,0 +1,271 @@
+"""PyTorch: tensors computed on where they lie, and penalties that autograd knows.
+
+The methods of :class:`~actreg_dispatch.ActivityRegularization` take dense tensors of float16,
+bfloat16, float32 and float64, of any shape and strides. Nothing is copied: on the CPU the backends
+work on the tensor's memory as a NumPy array, on a CUDA device as a CuPy array, on PyTorch's current
+stream there. They look at tensors as an optimizer does: graphs are neither followed nor recorded,
+so ``reg.apply(activations, activations.grad)`` works on a leaf, and autograd is told of what was
+written. The one method that autograd can differentiate is ``reg.penalty``, which is
+:func:`penalty`; :class:`ActivityRegularizer` is a layer.
+
+The penalty is a 0-d tensor of the compute dtype on the device of the activations. Gradients are
+tensors of the dtype, shape and device of the activations. bfloat16 takes ``ml_dtypes``, which gives
+NumPy and CuPy that dtype; a CUDA device takes CuPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from actreg_dispatch.layers import Penalties
+from actreg_dispatch.options import check_scale
+from actreg_dispatch.regularization import ActivityRegularization, check_regularization
+from actreg_dispatch.sums.exact import Total
+from actreg_dispatch.torch.autograd import (
+    differentiable_penalty,
+    pass_through,
+    penalty_value,
+    transformed,
+)
+from actreg_dispatch.torch.memory import (
+    as_tensor,
+    check_tensor,
+    new_like,
+    pair,
+    plain,
+    stream_of,
+    update,
+    view,
+)
+
+__all__ = [
+    "ActivityRegularizer",
+    "add_gradient",
+    "apply",
+    "apply_all",
+    "partial_sum",
+    "penalty",
+    "penalty_and_gradient",
+]
+
+
+# What the methods of ActivityRegularization call.
+
+
+@torch.compiler.disable
+def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+    r"""Return the penalty of ``activations``, differentiably.
+
+    ``reg.penalty(activations)`` is the same function; see
+    :meth:`ActivityRegularization.penalty` for what it computes.
+
+    Parameters
+    ----------
+    reg : ActivityRegularization
+        Norm and strength. λ is that of this call, even if it is assigned before ``backward``.
+    activations : torch.Tensor
+        Of a supported dtype (see the module), any shape and strides; may be empty.
+
+    Returns
+    -------
+    torch.Tensor
+        0-d, of the compute dtype, on the device of ``activations``, bit for bit what their values
+        give as a NumPy array. It requires grad if they do.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendError
+        As for :meth:`ActivityRegularization.penalty`; a TypeError for a tensor that is not dense
+        floating-point memory on a CPU or a CUDA device.
+
+    Notes
+    -----
+    The gradient is that of ``reg.penalty_and_gradient(activations, scale=g)`` to the bit, where g
+    is the gradient that comes in. So a scaled loss is honoured, and infinity and NaN propagate.
+    Backward waits for a g that lies on a device; :class:`ActivityRegularizer` needs not.
+
+    Second and higher derivatives, forward-mode AD (not inside itself) and the transforms of
+    ``torch.func`` work. Derivatives beyond the gradient are PyTorch's arithmetic, so that their
+    last bits are not promised, and ``vmap`` goes sample by sample. ``torch.compile`` leaves the
+    function out of its graphs, and says so where it must not (``fullgraph=True``).
+
+    Examples
+    --------
+    >>> reg = ActivityRegularization.l1(0.5)
+    >>> activations = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
+    >>> loss = penalty(reg, activations)
+    >>> loss.backward()
+    >>> loss.item(), activations.grad
+    (1.5, tensor([ 0.5000, -0.5000,  0.0000]))
+    """
+    check_regularization(reg)
+    check_tensor("activations", activations)
+    return differentiable_penalty(reg, activations)
+
+
+@torch.compiler.disable
+def partial_sum(reg: ActivityRegularization, activations: torch.Tensor) -> Total:
+    """Do :meth:`ActivityRegularization.partial_sum`; waits for a device."""
+    x = plain("activations", activations)
+    with stream_of(x):
+        return reg.partial_sum(view(x))
+
+
+@torch.compiler.disable
+def apply(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    gradients: torch.Tensor,
+    *,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """Do :meth:`ActivityRegularization.apply`; the penalty does not require grad."""
+    return update(reg, *pair(activations, gradients), scale)
+
+
+@torch.compiler.disable
+def apply_all(
+    reg: ActivityRegularization,
+    labels: list[Any],
+    activations: tuple[torch.Tensor, ...],
+    gradients: tuple[torch.Tensor, ...],
+    *,
+    scale: float = 1.0,
+) -> Penalties:
+    """Do :meth:`ActivityRegularization.apply_all`; the layers are on one device."""
+    pairs = [
+        pair(x, g, f"gradients[{label!r}]")
+        for label, x, g in zip(labels, activations, gradients, strict=True)
+    ]
+    devices = {x.device for x, _ in pairs}
+    if len(devices) > 1:
+        raise ValueError(
+            f"activations are on several devices ({', '.join(sorted(map(str, devices)))}); "
+            f"call apply_all for each"
+        )
+    xs, gs = ([view(tensor) for tensor in tensors] for tensors in zip(*pairs, strict=True))
+    with stream_of(pairs[0][0]):
+        total, layers = reg.apply_all(
+            dict(zip(labels, xs, strict=True)), dict(zip(labels, gs, strict=True)), scale=scale
+        )
+        values = [as_tensor(layers[label], x) for label, (x, _) in zip(labels, pairs, strict=True)]
+        widest, _ = max(pairs, key=lambda pair: pair[0].dtype == torch.float64)
+        whole = as_tensor(total, widest)
+    for _, g in pairs:
+        torch.autograd.graph.increment_version(g)
+    return Penalties(whole, values)
+
+
+@torch.compiler.disable
+def penalty_and_gradient(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    out: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do :meth:`ActivityRegularization.penalty_and_gradient`; neither result requires grad."""
+    if out is None:
+        x = plain("activations", activations)
+        gradient = new_like(x).zero_()
+        return update(reg, x, gradient, scale), gradient
+    x, g = pair(activations, out, "out")
+    with stream_of(x):
+        found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale)
+        value = as_tensor(found, x)
+    torch.autograd.graph.increment_version(g)
+    return value, out
+
+
+@torch.compiler.disable
+def add_gradient(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    gradients: torch.Tensor,
+    total: Total | None = None,
+    *,
+    count: int | None = None,
+    scale: float = 1.0,
+) -> None:
+    """Do :meth:`ActivityRegularization.add_gradient`."""
+    x, g = pair(activations, gradients)
+    with stream_of(x):
+        reg.add_gradient(view(x), view(g), total, count=count, scale=scale)
+    torch.autograd.graph.increment_version(g)
+
+
+class ActivityRegularizer(torch.nn.Module):
+    r"""A layer that regularizes what passes through it.
+
+    Forward returns the activations as they are. Backward adds the gradient of their penalty to the
+    gradient that comes in, so the penalty need not be added to the loss.
+
+    Parameters
+    ----------
+    reg : ActivityRegularization
+        Norm and strength; readable as ``.reg``. A warm-up assigns ``layer.reg.lam``.
+    scale : float, default 1.0
+        Multiplies λ for the gradient alone. Where the loss is multiplied, as by a ``GradScaler``,
+        assign the same factor before the forward pass. Infinity and NaN propagate.
+
+    Attributes
+    ----------
+    penalty : torch.Tensor or None
+        The penalty of the last forward pass in training mode, without ``scale`` and without a
+        graph; None after one in evaluation mode or inside a transform of ``torch.func``.
+
+    Notes
+    -----
+    λ and ``scale`` are those of the forward pass. In evaluation mode the layer does nothing at all.
+    Under ``no_grad`` the penalty is found, and there is no gradient to add to.
+
+    The gradient is added to what comes back, so nothing is where the loss does not depend on the
+    output. A layer that is called several times adds the gradient of each call; ``penalty`` is the
+    last one's.
+
+    λ and ``scale`` are settings and not part of ``state_dict``. Copies and pickles keep them.
+
+    The output shares the input's memory, and PyTorch refuses to change it in place: put
+    ``ReLU(inplace=True)`` before this layer. Forward-mode AD is refused, as it has no way back.
+
+    Examples
+    --------
+    >>> layer = ActivityRegularizer(ActivityRegularization.l1(0.5))
+    >>> activations = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
+    >>> layer(activations).sum().backward()
+    >>> layer.penalty, activations.grad
+    (tensor(1.5000), tensor([1.5000, 0.5000, 1.0000]))
+    """
+
+    def __init__(self, reg: ActivityRegularization, *, scale: float = 1.0) -> None:
+        super().__init__()
+        check_regularization(reg)
+        self.reg = reg
+        self.scale = scale
+        self.penalty: torch.Tensor | None = None
+
+    @property
+    def scale(self) -> float:
+        """What λ is multiplied by for the gradient; assigning checks it."""
+        return self._scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._scale = check_scale(value)
+
+    @torch.compiler.disable
+    def forward(self, activations: torch.Tensor) -> torch.Tensor:
+        """Return ``activations``, in training mode so that backward adds the gradient."""
+        check_tensor("activations", activations)
+        self.penalty = None
+        if not self.training:
+            return activations
+        if not transformed():
+            self.penalty = penalty_value(self.reg, activations)
+        return pass_through(self.reg, self._scale, activations)
+
+    def extra_repr(self) -> str:
+        """Return what stands between the parentheses of ``repr``."""
+        return repr(self.reg) if self._scale == 1.0 else f"{self.reg!r}, scale={self._scale!r}"

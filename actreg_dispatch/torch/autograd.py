@@ -1,0 +1,261 @@
+"""The functions that autograd differentiates: the penalty, its gradient, and what the layer does.
+
+Forward and the first derivative are the backends'. Second and higher derivatives are PyTorch's own
+arithmetic on the functions of the norm.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from actreg_dispatch.derivatives import gradient_expression
+from actreg_dispatch.norms import signed_by_type, sqrt
+from actreg_dispatch.options import constants_of, count_of
+from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.torch.memory import (
+    DTYPES,
+    as_tensor,
+    compute_dtype_of,
+    new_like,
+    plain,
+    stream_of,
+    update,
+    view,
+)
+
+__all__ = ["differentiable_penalty", "pass_through", "penalty_value", "transformed"]
+
+
+def transformed() -> bool:
+    """Return whether tensors may carry more than values, by ``torch.func`` or forward-mode AD."""
+    functorch: bool = torch._C._are_functorch_transforms_active()
+    return functorch or forward_ad._current_level >= 0
+
+
+def penalty_value(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+    """Return the penalty without a graph."""
+    x = plain("activations", activations)
+    with stream_of(x):
+        return as_tensor(reg.penalty(view(x)), x)
+
+
+def differentiable_penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+    """Return the penalty, which requires grad if the activations do."""
+    found: torch.Tensor = _differentiable(_Penalty, reg, activations)
+    return found
+
+
+def pass_through(
+    reg: ActivityRegularization, scale: float, activations: torch.Tensor
+) -> torch.Tensor:
+    """Return the activations; what comes back through them grows by the gradient."""
+    return _Passing.apply(reg, scale, activations) if _recorded(activations) else activations
+
+
+def _recorded(*arguments: Any) -> bool:
+    """Return whether something will want to differentiate what is computed of ``arguments``."""
+    return transformed() or (
+        torch.is_grad_enabled()
+        and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+    )
+
+
+def _differentiable(function: Any, *arguments: Any) -> Any:
+    """Apply an autograd function, or do its forward alone where that will do."""
+    return (function.apply if _recorded(*arguments) else function.forward)(*arguments)
+
+
+def _check_nesting() -> None:
+    """Refuse forward-mode AD inside itself, where PyTorch takes the result for a constant."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        raise NotImplementedError(
+            "PyTorch cannot nest forward-mode AD through functions of other libraries; "
+            "take the inner derivative in reverse mode, as torch.func.hessian does"
+        )
+
+
+def _sample_by_sample(function: Any, info: Any, in_dims: Any, *arguments: Any) -> Any:
+    """Do ``vmap`` of an autograd function, each sample on its own."""
+    size, batches = info.batch_size, []
+    for argument, axis in zip(arguments, in_dims, strict=True):
+        if axis is None:
+            batches.append([argument] * max(1, size))
+        else:
+            batch = argument.movedim(axis, 0)
+            batches.append(batch if size else batch.new_zeros(1, *batch.shape[1:]))
+    results = [_differentiable(function, *sample) for sample in zip(*batches, strict=True)]
+    return torch.stack(results)[:size], 0
+
+
+class _Regularizing(torch.autograd.Function):
+    """What the functions have in common: activations that are saved, and λ as it was."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """Do what PyTorch would, but not look at signatures, which takes it 15 µs."""
+        if transformed():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
+    @staticmethod
+    def keep(ctx: Any, reg: ActivityRegularization, *tensors: torch.Tensor) -> None:
+        ctx.reg, ctx.lam = reg, reg.lam
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def kept(ctx: Any) -> ActivityRegularization:
+        if ctx.reg.lam == ctx.lam:
+            return ctx.reg  # type: ignore[no-any-return]
+        reg = copy.copy(ctx.reg)
+        reg.lam = ctx.lam
+        return reg  # type: ignore[no-any-return]
+
+
+class _Penalty(_Regularizing):
+    """The penalty of the activations."""
+
+    forward = staticmethod(penalty_value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _Penalty.keep(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        (activations,) = ctx.saved_tensors
+        reg = _Penalty.kept(ctx)
+        return None, _differentiable(_Gradient, reg, activations, incoming, None)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: torch.Tensor) -> torch.Tensor:
+        _check_nesting()
+        (activations,) = ctx.saved_tensors
+        one = torch.ones((), dtype=compute_dtype_of(activations), device=activations.device)
+        gradient = _differentiable(_Gradient, _Penalty.kept(ctx), activations, one, None)
+        return (gradient * tangent).sum(dtype=one.dtype)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _sample_by_sample(_Penalty, info, in_dims, *arguments)
+
+
+class _Gradient(_Regularizing):
+    """``gradients``, or zeros, plus ``scale`` times the gradient of the penalty."""
+
+    @staticmethod
+    def forward(
+        reg: ActivityRegularization,
+        activations: torch.Tensor,
+        scale: torch.Tensor,
+        gradients: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x = plain("activations", activations)
+        updated = new_like(x).zero_() if gradients is None else new_like(gradients).copy_(gradients)
+        update(reg, x, plain("gradients", updated), float(scale))
+        return updated
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        reg, activations, scale, gradients = inputs
+        ctx.adds = gradients is not None
+        _Gradient.keep(ctx, reg, activations, scale)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        _, pull_back = torch.func.vjp(_expression(_Gradient.kept(ctx)), *ctx.saved_tensors)
+        return None, *pull_back(incoming), incoming if ctx.adds else None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *given: Any) -> torch.Tensor:
+        _check_nesting()
+        *along_inputs, along_gradients = given
+        at = ctx.saved_tensors
+        tangents = tuple(
+            torch.zeros_like(value) if along is None else along
+            for value, along in zip(at, along_inputs, strict=True)
+        )
+        # torch.func.jvp does not nest in forward-mode AD: two pull-backs make a push-forward
+        value, pull_back = torch.func.vjp(_expression(_Gradient.kept(ctx)), *at)
+        _, push_forward = torch.func.vjp(pull_back, torch.zeros_like(value))
+        (along,) = push_forward(tangents)
+        return along if along_gradients is None else along + along_gradients
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        return _sample_by_sample(_Gradient, info, in_dims, *arguments)
+
+
+class _Passing(_Regularizing):
+    """The activations, whose gradient grows by that of the penalty on its way back."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        reg: ActivityRegularization, scale: float, activations: torch.Tensor
+    ) -> torch.Tensor:
+        return activations.view_as(activations)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        reg, ctx.scale, activations = inputs
+        _Passing.keep(ctx, reg, activations)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        (activations,) = ctx.saved_tensors
+        scale = torch.tensor(ctx.scale, dtype=torch.float64)
+        reg = _Passing.kept(ctx)
+        return None, None, _differentiable(_Gradient, reg, activations, scale, incoming)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+        raise NotImplementedError(
+            "ActivityRegularizer adds to the gradients of a backward pass, which forward-mode AD "
+            "has not; add actreg_dispatch.torch.penalty(reg, activations) to the loss"
+        )
+
+
+# The gradient as operations of PyTorch, which can differentiate it.
+
+sqrt.register(torch.Tensor, torch.sqrt)
+
+
+@signed_by_type.register
+def _(x: torch.Tensor, a: Any) -> Any:
+    return torch.where(x > 0, a, torch.where(x < 0, -a, 0.0))
+
+
+def _expression(
+    reg: ActivityRegularization,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the gradient of the penalty as a function of activations and scale."""
+    options = reg.options
+
+    def gradient(activations: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        x = activations.to(compute_dtype_of(activations))
+        factor = scale.to(x)
+        if not x.numel():
+            return (x * factor).to(activations.dtype)
+        count = count_of(options.reduction, x.shape)
+        lam, _, epsilon = constants_of(options, DTYPES[x.dtype], count)
+        largest = x.detach().abs().max()
+        usual = (largest >= torch.finfo(x.dtype).tiny) & largest.isfinite()
+        added = gradient_expression(
+            options.norm,
+            x,
+            torch.where(usual, largest, 1.0),
+            tuple(each * factor for each in lam),
+            epsilon,
+            torch.where,
+        )
+        return added.to(activations.dtype)
+
+    return gradient
