@@ -130,10 +130,10 @@ def test_the_total_takes_no_other_choice_of_a_backend(monkeypatch, caplog):
 
 @norms
 def test_the_total_may_be_too_large(norm):
-    xs = [np.array([1e308]), np.array([1.7e308])]
-    lam = {ActivityNorm.L1: 1.0, ActivityNorm.L2: 1.0, ActivityNorm.HOYER: 1e308}
+    xs = [np.array([1e308])] * 3
+    lam = {ActivityNorm.L1: 1.0, ActivityNorm.L2: 1.0, ActivityNorm.HOYER: 8e307}
     reg = ActivityRegularization(lam.get(norm, 1e-300), norm)
-    assert reg.apply_all(xs, [np.zeros(1), np.zeros(1)]).total == math.inf
+    assert reg.apply_all(xs, [np.zeros(1) for _ in xs]).total == math.inf
 
 
 def test_names_lead_to_the_penalties():
