@@ -24,9 +24,11 @@ class Backend(ABC):
     type whose dtype is in ``dtypes``, and a NumPy array is a plain ndarray, aligned unless the
     backend is the reference. ``gradients`` is a writable one of the same shape and dtype that
     shares no memory with it, on the same device. ``norm`` is a
-    :class:`~actreg_dispatch.norms.Norm`. ``lam``, λ of the penalty, and ``gradient_lam``, λ of the
-    gradient, are tuples of floats that the compute dtype T holds exactly; those of the gradient may
-    be negative, infinite or NaN.
+    :class:`~actreg_dispatch.norms.Norm`. ``constants`` are
+    :class:`~actreg_dispatch.options.Constants`: ``lam``, λ of the penalty, and ``gradient_lam``, λ
+    of the gradient, are tuples of floats that the compute dtype T holds exactly; those of the
+    gradient may be negative, infinite or NaN. ``epsilon`` is what the norm's guard, if it has one,
+    compares with.
     """
 
     name: str
@@ -45,23 +47,12 @@ class Backend(ABC):
         """Return the sum, or both, that the norm takes, exactly, on the host."""
 
     @abstractmethod
-    def penalty(self, activations: Any, norm: Norm, lam: tuple[float, ...]) -> Any:
+    def penalty(self, activations: Any, norm: Norm, constants: Constants) -> Any:
         """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
 
     @abstractmethod
-    def apply(
-        self,
-        activations: Any,
-        gradients: Any,
-        norm: Norm,
-        lam: tuple[float, ...],
-        gradient_lam: tuple[float, ...],
-        epsilon: float,
-    ) -> Any:
-        """Add the gradient to ``gradients`` in place and return the penalty.
-
-        ``epsilon`` is what the norm's guard, if it has one, compares with.
-        """
+    def apply(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+        """Add the gradient to ``gradients`` in place and return the penalty."""
 
     @abstractmethod
     def add_gradient(
@@ -69,7 +60,7 @@ class Backend(ABC):
         activations: Any,
         gradients: Any,
         norm: Norm,
-        gradient_lam: tuple[float, ...],
+        constants: Constants,
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to ``gradients`` in place; ``coefficients`` are values of T."""
@@ -125,7 +116,7 @@ class Backend(ABC):
         activations: Any,
         norm: Norm,
         gradients: Any = None,
-        gradient_lam: tuple[float, ...] = (),
+        constants: Constants | None = None,
     ) -> tuple[float, ...] | None:
         """Return the sums as pairs for :func:`~actreg_dispatch.sums.certified.round_if_certain`.
 

@@ -9,7 +9,7 @@ adapters call back with the memory of the arrays.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +39,6 @@ from actreg_dispatch.validation import check_activations, check_gradients
 __all__ = [
     "NO_PLAN",
     "Dispatcher",
-    "Resolved",
     "add_gradient",
     "apply",
     "backend_for",
@@ -187,23 +186,13 @@ def _called(kernel: Any, *arguments: Any) -> float:
         return NOT_HANDLED
 
 
-class Resolved(NamedTuple):
-    """What a call comes down to besides its arrays."""
-
-    backend: Backend
-    norm: Any
-    lam: tuple[float, ...]
-    gradient_lam: tuple[float, ...]
-    epsilon: float
-
-
 def resolve(
     options: Options,
     dtype: np.dtype[Any],
     shape: tuple[int, ...],
     scale: float = UNSCALED,
-) -> Resolved:
-    """Return what :func:`apply` would do for a NumPy array like that.
+) -> tuple[Backend, Constants]:
+    """Return what :func:`apply` would run, and tell it, for a NumPy array like that.
 
     For adapters that hand pieces of an array to the backend themselves.
 
@@ -213,8 +202,7 @@ def resolve(
         As for :meth:`~actreg_dispatch.ActivityRegularization.apply`.
     """
     constants = constants_of(options, dtype, count_of(options.reduction, shape), scale)
-    backend = _backend(NUMPY, *choose(NUMPY, dtype, options.backend))
-    return Resolved(backend, options.norm, *constants)
+    return _backend(NUMPY, *choose(NUMPY, dtype, options.backend)), constants
 
 
 def _backend(array_type: str, backend: Backend, target: str) -> Backend:
@@ -246,8 +234,8 @@ def checked_constants(
 def penalty(options: Options, activations: Any) -> Any:
     """Return the penalty."""
     array_type, x = check_activations(activations)
-    lam = checked_constants(options, x).lam
-    return backend_for(options, array_type, x).penalty(x, options.norm, lam)
+    constants = checked_constants(options, x)
+    return backend_for(options, array_type, x).penalty(x, options.norm, constants)
 
 
 def partial_sum(options: Options, activations: Any) -> Total:
@@ -260,8 +248,8 @@ def finish(options: Options, total: Total, count: int | None) -> Any:
     """Return the penalty of what ``total`` is the sum of."""
     _check_total(options, total)
     count = check_count(options.reduction, count)
-    lam, gradient_lam, epsilon = constants_of(options, total.dtype, count)
-    found = outcome_of(total, options.norm, lam, gradient_lam, epsilon)
+    constants = constants_of(options, total.dtype, count)
+    found = outcome_of(total, options.norm, constants)
     return total.dtype.type(found.penalty)
 
 
@@ -283,19 +271,18 @@ def add_gradient(
     array_type, x = check_activations(activations)
     gradients = check_gradients(x, gradients, array_type)
     count = check_count(options.reduction, count)
-    lam, gradient_lam, epsilon = constants_of(options, x.dtype, count, scale)
-    norm = options.norm
+    constants, norm = constants_of(options, x.dtype, count, scale), options.norm
     coefficients: tuple[float, ...] = ()
     if norm.two_pass or total is not None:
         _check_total(options, total, COMPUTE_DTYPES[x.dtype])
     if norm.two_pass:
         assert total is not None
-        found = outcome_of(total, norm, lam, gradient_lam, epsilon)
+        found = outcome_of(total, norm, constants)
         if not found.has_gradient:
             return
         coefficients = found.coefficients
     backend = backend_for(options, array_type, x, gradients)
-    backend.add_gradient(x, gradients, norm, gradient_lam, coefficients)
+    backend.add_gradient(x, gradients, norm, constants, coefficients)
 
 
 def penalty_and_gradient(
@@ -328,12 +315,12 @@ def update(
     backend = backend_for(options, array_type, x, gradients)
     if overwrite and isinstance(backend, MovingBackend):  # which may fail on the way there
         new = zeros_like(gradients, array_type)
-        penalty = backend.apply(x, new, options.norm, *constants)
+        penalty = backend.apply(x, new, options.norm, constants)
         gradients[...] = new
         return penalty
     if overwrite:
         gradients[...] = 0
-    return backend.apply(x, gradients, options.norm, *constants)
+    return backend.apply(x, gradients, options.norm, constants)
 
 
 def penalty_exactly(options: Options, activations: Any) -> Any:

@@ -150,7 +150,7 @@ def _checked_batch(
         )
         if not penalties:
             penalties = [
-                backend.apply(x, g, options.norm, *constants) for backend, x, g, constants in layers
+                backend.apply(x, g, options.norm, constants) for backend, x, g, constants in layers
             ]
         if array_type == CUPY:  # on the device; penalties are their own magnitudes
             stacked = sys.modules["cupy"].stack(penalties)

@@ -29,6 +29,8 @@ def collapse(*arrays: Any) -> list[Any]:
         One view for each array, all of one shape with at least one axis.
     """
     lead = arrays[-1]
+    if lead.ndim == 1 and lead.strides[0] > 0:
+        return list(arrays)
     if all(array.flags.c_contiguous for array in arrays):
         return [array.reshape(-1) for array in arrays]
 

@@ -32,6 +32,7 @@ from actreg_dispatch.expressions import (
 
 __all__ = [
     "L1",
+    "MOST_COEFFICIENTS",
     "MOST_LAMS",
     "NORMS",
     "ActivityNorm",
@@ -199,6 +200,11 @@ class Norm:
                 if count == MOST_LAMS:
                     raise
         self.n_lams, self.n_coefficients = count, len(cs)
+        if len(cs) > MOST_COEFFICIENTS:
+            raise ValueError(
+                f"coefficients of norm {name!r} are {len(cs)}, at most {MOST_COEFFICIENTS} are "
+                f"kept; compute some of them in its gradient"
+            )
         holds = Condition("True", "true")
         if guard is not None:
             holds = traced("guard", guard, s, Symbol("epsilon", "epsilon"))
@@ -220,7 +226,12 @@ class Norm:
             guard=holds.python,
             gradient=added.python,
         )
-        functions: dict[str, Any] = {"isfinite": math.isfinite, "signed": signed, "sqrt": sqrt}
+        functions: dict[str, Any] = {
+            "__name__": __name__,  # or Numba's cache looks for the functions in every module
+            "isfinite": math.isfinite,
+            "signed": signed,
+            "sqrt": sqrt,
+        }
         exec(self.source, functions)  # made of the symbols above alone
         self.evaluate, self.gradient = functions["evaluate"], functions["gradient"]
         self.coefficients, self.guard = functions["coefficients"], functions["guard"]
@@ -262,6 +273,7 @@ class CudaText(NamedTuple):
 
 
 MOST_LAMS = 4
+MOST_COEFFICIENTS = 8
 _SMALL = 2.0**-64  # beside λ nothing in any T, and λ times it no subnormal number, which is slow
 
 _SOURCE = '''

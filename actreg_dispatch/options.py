@@ -94,11 +94,13 @@ def check_number(name: str, value: Any) -> float:
     ValueError
         If it is negative, infinite or NaN.
     """
+    if type(value) is float and 0.0 <= value < math.inf:  # at once, for a λ that changes often
+        return value + 0.0  # -0.0 becomes 0.0
     advice = f"pass a real number >= 0 and finite for {name}"
     number = check_real(name, value, advice)
     if not (number >= 0.0 and math.isfinite(number)):
         raise ValueError(f"{name}={number!r} is out of range; {advice}")
-    return number + 0.0  # -0.0 becomes 0.0
+    return number + 0.0
 
 
 def check_real(name: str, value: Any, advice: str) -> float:
@@ -171,24 +173,32 @@ def constants_of(
     ValueError
         If λ is too large for the dtype.
     """
+    if scale is UNSCALED:
+        found = _constants(options, dtype, count, scale)
+    else:  # not by the cache, for which 0.0 and -0.0 are one
+        found = _constants.__wrapped__(options, dtype, count, check_scale(scale))
+    if found is None:
+        given = options.lam if options.norm.n_lams > 1 else options.lam[0]
+        raise ValueError(f"lam={given!r} is too large for {dtype} {name}; lower it")
+    return found
+
+
+@lru_cache
+def _constants(
+    options: Options, dtype: np.dtype[Any], count: int, scale: float
+) -> Constants | None:
+    """Return what a backend is told, or None if λ is too large."""
     norm, compute = options.norm, COMPUTE_DTYPES[dtype]
     real = compute.type
     with np.errstate(all="ignore"):
-        scale = scale if scale is UNSCALED else check_scale(scale)
         lam, gradient_lam = norm.rounded_lams(options.lam, count, scale, real)
-        if not _lam_fits(norm, lam, real):
-            given = options.lam if norm.n_lams > 1 else options.lam[0]
-            raise ValueError(f"lam={given!r} is too large for {dtype} {name}; lower it")
+        if not norm.lam_fits(lam, real(1)):
+            return None
     return Constants(
         tuple(map(float, lam)),
         tuple(map(float, gradient_lam)),
         _machine_epsilon(compute) if options.epsilon is None else options.epsilon,
     )
-
-
-@lru_cache
-def _lam_fits(norm: Norm, lam: tuple[Any, ...], real: Any) -> bool:
-    return bool(norm.lam_fits(lam, real(1)))
 
 
 @lru_cache

@@ -340,8 +340,10 @@ class ActivityRegularization(Piecewise):
             except TypeError:  # strided or read-only; it takes some 50 µs to find out, so not twice
                 plan.updating = dispatch.NO_PLAN
             else:
+                if penalty >= 0.0:
+                    return zero + penalty
                 if penalty != NOT_HANDLED:
-                    return zero + penalty if penalty >= 0.0 else plan.exact(activations)
+                    return plan.exact(activations)
         penalty = plan.fused(activations, gradients, True, scale)
         if penalty is not None:
             return penalty

@@ -14,6 +14,7 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.norms import Norm
+from actreg_dispatch.options import Constants
 from actreg_dispatch.registry import CUPY, NUMPY
 from actreg_dispatch.sums.exact import Total
 
@@ -63,26 +64,15 @@ class MovingBackend(Backend):
         """Return the exact sum, or both."""
         return self._backend.partial_sum(self._moved(activations), norm)
 
-    def penalty(self, activations: Any, norm: Norm, lam: tuple[float, ...]) -> Any:
-        """Return the penalty as the caller's own kind of scalar."""
-        return self._returned(
-            self._backend.penalty(self._moved(activations), norm, lam), activations
-        )
+    def penalty(self, activations: Any, norm: Norm, constants: Constants) -> Any:
+        """Return the penalty as a scalar of the caller's library."""
+        result = self._backend.penalty(self._moved(activations), norm, constants)
+        return self._returned(result, activations)
 
-    def apply(
-        self,
-        activations: Any,
-        gradients: Any,
-        norm: Norm,
-        lam: tuple[float, ...],
-        gradient_lam: tuple[float, ...],
-        epsilon: float,
-    ) -> Any:
+    def apply(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
         """Add the gradient to a copy, write it back, and return the penalty."""
         moved = self._moved(gradients)
-        result = self._backend.apply(
-            self._moved(activations), moved, norm, lam, gradient_lam, epsilon
-        )
+        result = self._backend.apply(self._moved(activations), moved, norm, constants)
         self._write_back(moved, gradients)
         return self._returned(result, activations)
 
@@ -91,14 +81,12 @@ class MovingBackend(Backend):
         activations: Any,
         gradients: Any,
         norm: Norm,
-        gradient_lam: tuple[float, ...],
+        constants: Constants,
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to a copy and write it back."""
         moved = self._moved(gradients)
-        self._backend.add_gradient(
-            self._moved(activations), moved, norm, gradient_lam, coefficients
-        )
+        self._backend.add_gradient(self._moved(activations), moved, norm, constants, coefficients)
         self._write_back(moved, gradients)
 
     def _moved(self, array: Any) -> Any:

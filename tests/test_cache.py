@@ -20,8 +20,9 @@ from actreg_dispatch import ActivityRegularization
 from actreg_dispatch.backends.numba import compiling
 x = np.arange(5, dtype=np.float32)
 penalty = float(ActivityRegularization.l1(0.5).penalty(x))
-hits = [sum(k.stats.cache_hits.values()) for k in compiling.KERNELS.values()]
-print(json.dumps([penalty, sum(hits), compiling.__file__]))
+compiled = {type(k).__name__: k for k in compiling.KERNELS.values()}  # one of each will do
+hits = len(compiled["CPUDispatcher"].stats.cache_hits) + compiled["CFunc"].cache_hits
+print(json.dumps([penalty, hits, compiling.__file__]))
 """
 
 
@@ -29,7 +30,7 @@ def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
     first, second = (json.loads(python("-c", CODE, **cache).stdout)[:2] for _ in range(2))
     assert first == [5.0, 0]
-    assert second == [5.0, 1]
+    assert second == [5.0, 2]
 
 
 def test_the_cache_can_be_switched_off(python, tmp_path):
@@ -107,7 +108,7 @@ with open({str(copy / file)!r}, "a") as edited:
     }
     codes = [edit + CODE, CODE, CODE]
     found = [json.loads(python("-c", code, **options).stdout) for code in codes]
-    assert [hits for _, hits, _ in found] == [0, 0, 1]
+    assert [hits for _, hits, _ in found] == [0, 0, 2]
     assert all(Path(file).is_relative_to(copy) for _, _, file in found)
 
 
@@ -118,4 +119,4 @@ def test_options_that_change_the_code_are_a_new_entry(python, tmp_path):
     hits = []
     for options in (checked, {}, threads, checked):
         hits.append(json.loads(python("-c", CODE, **cache, **options).stdout)[1])
-    assert hits == [0, 0, 1, 1]
+    assert hits == [0, 0, 2, 2]

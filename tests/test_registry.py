@@ -51,8 +51,8 @@ class Toy(Backend):
     name = "toy"
     dtypes = frozenset({np.dtype(np.float64)})
 
-    def penalty(self, activations, norm, lam):
-        return lam[0] * sum(map(abs, activations.values))
+    def penalty(self, activations, norm, constants):
+        return constants.lam[0] * sum(map(abs, activations.values))
 
     partial_sum = apply = add_gradient = None  # which no test calls
 

@@ -13,6 +13,7 @@ import numpy as np
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.dtypes import COMPUTE_DTYPES
 from actreg_dispatch.norms import Norm
+from actreg_dispatch.options import Constants
 from actreg_dispatch.sums.exact import Total, exact_sum, outcome_of, total_of
 
 __all__ = ["BACKEND", "ReferenceBackend"]
@@ -30,24 +31,16 @@ class ReferenceBackend(Backend):
         """Return the sum, or both, that the norm takes, exactly."""
         return total_of([exact_sum(activations, degree) for degree in norm.terms])
 
-    def penalty(self, activations: Array, norm: Norm, lam: tuple[float, ...]) -> Any:
+    def penalty(self, activations: Array, norm: Norm, constants: Constants) -> Any:
         """Return the penalty, a NumPy scalar."""
-        found = outcome_of(self.partial_sum(activations, norm), norm, lam, lam, 0.0)
+        found = outcome_of(self.partial_sum(activations, norm), norm, constants)
         return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
 
-    def apply(
-        self,
-        activations: Array,
-        gradients: Array,
-        norm: Norm,
-        lam: tuple[float, ...],
-        gradient_lam: tuple[float, ...],
-        epsilon: float,
-    ) -> Any:
+    def apply(self, activations: Array, gradients: Array, norm: Norm, constants: Constants) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
-        found = outcome_of(self.partial_sum(activations, norm), norm, lam, gradient_lam, epsilon)
+        found = outcome_of(self.partial_sum(activations, norm), norm, constants)
         if found.has_gradient:
-            self.add_gradient(activations, gradients, norm, gradient_lam, found.coefficients)
+            self.add_gradient(activations, gradients, norm, constants, found.coefficients)
         return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
 
     def add_gradient(
@@ -55,13 +48,13 @@ class ReferenceBackend(Backend):
         activations: Array,
         gradients: Array,
         norm: Norm,
-        gradient_lam: tuple[float, ...],
+        constants: Constants,
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
         real = COMPUTE_DTYPES[activations.dtype].type
         with np.errstate(all="ignore"):  # NaN, infinity and overflow propagate without a word
-            lam, c = (tuple(map(real, each)) for each in (gradient_lam, coefficients))
+            lam, c = (tuple(map(real, each)) for each in (constants.gradient_lam, coefficients))
             gradients[...] = gradients.astype(real) + norm.gradient(
                 activations.astype(real), lam, c
             )

@@ -339,45 +339,43 @@ class _Run:
         self._size = math.prod(store.shape)
         self._nothing = np.empty(0, store.dtype.newbyteorder("="))
         self._compute: Any = compute_dtype(self._nothing.dtype)
-        self._call = resolve(options, self._nothing.dtype, store.shape, scale)
-        self._quick_start = self._call.backend.quick_sum(self._nothing, options.norm)
+        self._norm = options.norm
+        self._backend, self._constants = resolve(options, self._nothing.dtype, store.shape, scale)
+        self._quick_start = self._backend.quick_sum(self._nothing, options.norm)
         self._passes = self._bytes = 0
 
     def sum(self, updates: Updates | None = None) -> Outcome:
         """Sum the activations, and update the gradients of a norm of one pass on the way."""
-        backend, norm, lam, gradient_lam, epsilon = self._call
+        backend, norm, constants = self._backend, self._norm, self._constants
         step = "sum" if updates is None else "update"
         totals: list[Any] = []
 
         def quickly(x: Any, g: Any) -> None:
-            totals.append(backend.quick_sum(x, norm, g, gradient_lam))
+            totals.append(backend.quick_sum(x, norm, g, constants))
 
         def exactly(x: Any, g: Any) -> None:
             totals.append(backend.partial_sum(x, norm))
             if g is not None:
-                backend.add_gradient(x, g, norm, gradient_lam, ())
+                backend.add_gradient(x, g, norm, constants, ())
 
         if self._quick_start is not None:
             self._visit(step, quickly, updates)
             total = reduce(merge_totals, totals or [self._quick_start])
-            found = round_if_certain(
-                total, self._size, self._compute, norm, lam, gradient_lam, epsilon
-            )
+            found = round_if_certain(total, self._size, self._compute, norm, constants)
             if found is not None:
                 return found
             totals.clear()
             step, updates = "exact sum", None
         self._visit(step, exactly, updates)
         exact = sum(totals, backend.partial_sum(self._nothing, norm))
-        return outcome_of(exact, norm, lam, gradient_lam, epsilon)
+        return outcome_of(exact, norm, constants)
 
     def update(self, updates: Updates, coefficients: tuple[float, ...]) -> None:
         """Add the gradient, whose coefficients are known."""
-        call = self._call
 
         def add(x: Any, g: Any) -> None:
             if g is not None:
-                call.backend.add_gradient(x, g, call.norm, call.gradient_lam, coefficients)
+                self._backend.add_gradient(x, g, self._norm, self._constants, coefficients)
 
         self._visit("update", add, updates)
 
@@ -388,7 +386,7 @@ class _Run:
             self._store.dtype.type.__name__,  # NumPy takes 30 µs to find the dtype's own name
             self._store.shape,
             self._size,
-            self._call.backend.name,
+            self._backend.name,
             self._passes,
             self._bytes,
             time.perf_counter() - self._started,

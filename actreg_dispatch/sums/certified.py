@@ -65,6 +65,7 @@ import numpy as np
 
 from actreg_dispatch.dtypes import FLOAT64, round_to
 from actreg_dispatch.norms import Norm
+from actreg_dispatch.options import Constants
 
 __all__ = [
     "ANCHORED_TERMS",
@@ -186,9 +187,7 @@ def round_if_certain(
     size: int,
     dtype: np.dtype[Any],
     norm: Norm,
-    lam: tuple[float, ...],
-    gradient_lam: tuple[float, ...],
-    epsilon: float,
+    constants: Constants,
 ) -> Outcome | None:
     """Return what a quick sum of ``size`` terms leads to, or None if that takes the exact one.
 
@@ -201,7 +200,7 @@ def round_if_certain(
     def real(value: float) -> float:
         return float(round_to(dtype, value))
 
-    options = bound, norm.evaluate, lam, gradient_lam, epsilon, real
+    options = bound, norm.evaluate, *constants, real
     try:
         with np.errstate(invalid="ignore"):  # of a square root
             found, certain = certified(total, *options)

@@ -12,6 +12,7 @@ import numpy as np
 
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT32, FLOAT64, round_to
 from actreg_dispatch.norms import Norm
+from actreg_dispatch.options import Constants
 from actreg_dispatch.sums.certified import Outcome
 from actreg_dispatch.sums.extended import Extended, binary64, round_to_53_bits
 
@@ -171,14 +172,8 @@ def total_of(parts: Sequence[PartialSum]) -> Total:
     return PairedSum(*parts) if len(parts) > 1 else parts[0]
 
 
-def outcome_of(
-    total: Total,
-    norm: Norm,
-    lam: tuple[float, ...],
-    gradient_lam: tuple[float, ...],
-    epsilon: float,
-) -> Outcome:
-    """Return what the sums of ``norm`` lead to; λ of penalty and gradient are values of T."""
+def outcome_of(total: Total, norm: Norm, constants: Constants) -> Outcome:
+    """Return what the sums of ``norm`` lead to."""
     sums = [part.rounded() for part in total.parts]
     number: Any = np.float64
     if any(isinstance(s, Fraction) and s and not _SMALLEST <= s < _BEYOND for s in sums):
@@ -191,9 +186,9 @@ def outcome_of(
         return Outcome(
             *norm.evaluate(
                 tuple(number(float(s) if number is np.float64 else s) for s in sums),
-                tuple(map(number, lam)),
-                tuple(map(number, gradient_lam)),
-                number(epsilon),
+                tuple(map(number, constants.lam)),
+                tuple(map(number, constants.gradient_lam)),
+                number(constants.epsilon),
                 real,
             )
         )

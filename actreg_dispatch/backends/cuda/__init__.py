@@ -61,15 +61,13 @@ class CudaBackend(Backend):
             [_partial_sum(row, degree, dtype) for row, degree in zip(rows, norm.terms, strict=True)]
         )
 
-    def penalty(
-        self, activations: cupy.ndarray, norm: Norm, lam: tuple[float, ...]
-    ) -> cupy.ndarray:
+    def penalty(self, activations: cupy.ndarray, norm: Norm, constants: Constants) -> cupy.ndarray:
         """Return the penalty, a 0-d array on the device of ``activations``."""
-        kernels = kernels_of(norm)
+        kernels, numbers = kernels_of(norm), _flat(constants)
         with activations.device:
             words, results = _words(norm), _results(norm, activations.dtype)
             launch(kernels.sum, words, arrays=(activations,))
-            kernels.finish(words, words, *lam, *lam, 0.0, *results)
+            kernels.finish(words, words, *numbers, *results)
             return results[0]
 
     def apply(
@@ -77,21 +75,19 @@ class CudaBackend(Backend):
         activations: cupy.ndarray,
         gradients: cupy.ndarray,
         norm: Norm,
-        lam: tuple[float, ...],
-        gradient_lam: tuple[float, ...],
-        epsilon: float,
+        constants: Constants,
     ) -> cupy.ndarray:
         """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
-        kernels, both = kernels_of(norm), (activations, gradients)
+        kernels, both, lam = kernels_of(norm), (activations, gradients), constants.gradient_lam
         with activations.device:
             words, results = _words(norm), _results(norm, activations.dtype)  # before any update
             if norm.two_pass:
                 launch(kernels.sum, words, arrays=(activations,))
             else:
-                launch(kernels.apply, *gradient_lam, words, arrays=both)
-            kernels.finish(words, words, *lam, *gradient_lam, epsilon, *results)
+                launch(kernels.apply, *lam, words, arrays=both)
+            kernels.finish(words, words, *_flat(constants), *results)
             if norm.two_pass:
-                launch(kernels.update, *gradient_lam, *results[1:], arrays=both)
+                launch(kernels.update, *lam, *results[1:], arrays=both)
             return results[0]
 
     def add_gradient(
@@ -99,7 +95,7 @@ class CudaBackend(Backend):
         activations: cupy.ndarray,
         gradients: cupy.ndarray,
         norm: Norm,
-        gradient_lam: tuple[float, ...],
+        constants: Constants,
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
@@ -108,7 +104,8 @@ class CudaBackend(Backend):
             # Of T already: CuPy's kernel would flush what a conversion makes subnormal.
             known = [cupy.full((), compute.type(value), compute) for value in coefficients]
             known += [cupy.ones((), bool)] * norm.two_pass  # that there is a gradient
-            launch(kernels_of(norm).update, *gradient_lam, *known, arrays=(activations, gradients))
+            lam, both = constants.gradient_lam, (activations, gradients)
+            launch(kernels_of(norm).update, *lam, *known, arrays=both)
 
     def apply_batch(
         self,
@@ -133,7 +130,7 @@ class CudaBackend(Backend):
         table[:, 1] = [g.data.ptr for g in gradients]
         table[:, 2] = [x.size for x in activations]
         table[:, 3], table[:, 4] = np.cumsum(blocks) - blocks, blocks
-        table.view(np.float64)[:, 5:] = [(*each.lam, *each.gradient_lam) for each in constants]
+        table.view(np.float64)[:, 5:] = [_flat(each)[:-1] for each in constants]
         size = int(blocks.sum()) * THREADS
         with first.device:
             words, results = _words(norm, layers), _results(norm, first.dtype, layers)
@@ -156,6 +153,11 @@ def launch(kernel: cupy.ElementwiseKernel, *options: Any, arrays: tuple[cupy.nda
         step = blocks_for(count) * THREADS
         x, *gradients = collapse(*arrays)
         kernel(x, count, step, *options, *gradients, size=step, block_size=THREADS)
+
+
+def _flat(constants: Constants) -> tuple[float, ...]:
+    """Return λ of the penalty, of the gradient, and epsilon."""
+    return *constants.lam, *constants.gradient_lam, constants.epsilon
 
 
 def _words(norm: Norm, layers: int = 1) -> cupy.ndarray:

@@ -9,7 +9,10 @@ rounding test fails, the sum, and the sum only, is done again in integers.
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import numba
@@ -17,16 +20,17 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import kernels
+from actreg_dispatch.backends.numba.addresses import Call, Plan
 from actreg_dispatch.backends.numba.compiling import kernel_of
 from actreg_dispatch.backends.numba.kernels import PARALLEL_FROM
-from actreg_dispatch.backends.numba.rows import bits_of, summing_of
+from actreg_dispatch.backends.numba.rows import BLOCK, bits_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.options import Options
+from actreg_dispatch.options import Constants, Options
 from actreg_dispatch.runtime.huge_pages import ask_for_huge_pages
 from actreg_dispatch.runtime.threads import may_use_threads
-from actreg_dispatch.sums.certified import NOT_HANDLED, Outcome, round_if_certain
+from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import (
     PartialSum,
     Total,
@@ -41,6 +45,7 @@ __all__ = ["BACKEND", "PARALLEL_FROM", "NumbaBackend"]
 Array = np.ndarray[Any, Any]
 
 _MOST_AXES = 4  # of a layer in a batch; a kernel that describes it is compiled for each number
+_REDUCTIONS = {"sum": 0, "mean": 1, "batch": 2}  # as the batch kernel knows them
 
 
 class NumbaBackend(Backend):
@@ -58,51 +63,44 @@ class NumbaBackend(Backend):
         """Return the sum, or both, that the norm takes, exactly."""
         return total_of([_exact_sum(activations, degree) for degree in norm.terms])
 
-    def penalty(self, activations: Array, norm: Norm, lam: tuple[float, ...]) -> Any:
+    def penalty(self, activations: Array, norm: Norm, constants: Constants) -> Any:
         """Return the penalty, a NumPy scalar."""
-        found = self._outcome(activations, None, norm, lam, lam, 0.0)
-        return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
+        return _whole(activations, activations, norm, constants, writes=False)
 
-    def apply(
-        self,
-        activations: Array,
-        gradients: Array,
-        norm: Norm,
-        lam: tuple[float, ...],
-        gradient_lam: tuple[float, ...],
-        epsilon: float,
-    ) -> Any:
+    def apply(self, activations: Array, gradients: Array, norm: Norm, constants: Constants) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
-        on_the_way = None if norm.two_pass else gradients
-        found = self._outcome(activations, on_the_way, norm, lam, gradient_lam, epsilon)
-        if norm.two_pass and found.has_gradient:
-            self.add_gradient(activations, gradients, norm, gradient_lam, found.coefficients)
-        return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
+        return _whole(activations, gradients, norm, constants, writes=True)
 
     def add_gradient(
         self,
         activations: Array,
         gradients: Array,
         norm: Norm,
-        gradient_lam: tuple[float, ...],
+        constants: Constants,
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
-        # A norm of one pass has a kernel that sums, too, at no cost once memory is the limit.
-        terms = () if norm.two_pass else norm.terms
-        _pass(terms, norm, activations, gradients, gradient_lam, coefficients)
+        call = _call(activations, gradients)
+        call.gradient_lam[: norm.n_lams] = constants.gradient_lam
+        call.coefficients[: norm.n_coefficients] = coefficients
+        _run(call, _updating(norm, activations.dtype, call.dense))
 
     def quick_sum(
         self,
         activations: Array,
         norm: Norm,
         gradients: Array | None = None,
-        gradient_lam: tuple[float, ...] = (),
+        constants: Constants | None = None,
     ) -> tuple[float, ...]:
         """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients."""
-        if gradients is None:
-            return _pass(norm.terms, None, activations, activations)
-        return _pass(norm.terms, norm, activations, gradients, gradient_lam)
+        if gradients is None or constants is None:
+            call = _call(activations, activations)
+            total = _run(call, _summing(norm, activations.dtype, call.dense))
+        else:
+            call = _call(activations, gradients)
+            call.gradient_lam[: norm.n_lams] = constants.gradient_lam
+            total = _run(call, _updating(norm, activations.dtype, call.dense))
+        return total[: 2 * len(norm.terms)]
 
     def clear(self, gradients: Array) -> None:
         """Fill contiguous gradients with zeros, large ones by all threads; best if they are new."""
@@ -136,9 +134,9 @@ class NumbaBackend(Backend):
         dtype, layers = activations[0].dtype, len(activations)
         if dtype not in NATIVE_DTYPES:
             return None
-        column = {"sum": 0, "mean": 2, "batch": 3}[options.reduction]
         bits = bits_of(dtype)
-        table, size = np.empty((layers, 4), np.int64), 0
+        calls, size = (Call * layers)(), 0
+        address = ctypes.addressof(calls)
         describe: dict[int, Any] = {}
         try:
             for layer, (x, g) in enumerate(zip(activations, gradients, strict=True)):
@@ -153,41 +151,116 @@ class NumbaBackend(Backend):
                     if not 0 < axes <= _MOST_AXES:
                         return None
                     describe[axes] = kernel_of(kernels.describing, bits, axes)
-                found = describe[axes](x, g, table, layer)
+                found = describe[axes](x, g, address, layer)
                 if found < 0:
                     return None
                 size += found
         except TypeError:  # not contiguous, or read-only
             return None
-        if not kernel_of(kernels.apartness)(table, dtype.itemsize):
+        if not kernel_of(kernels.apartness)(address, layers):
             return None
-        parallel = size >= PARALLEL_FROM and may_use_threads()
-        kernel = kernel_of(kernels.batch_kernel, options.norm, dtype, parallel)
-        lam = options.lam if options.norm.n_lams > 1 else options.lam[0]
-        epsilon = np.nan if options.epsilon is None else options.epsilon
+        norm, parallel = options.norm, size >= PARALLEL_FROM and may_use_threads()
+        kernel = kernel_of(kernels.batch_kernel, norm.n_lams, parallel)
+        plan = ctypes.addressof(_plan(norm, dtype, True, True))
+        lam = options.lam if norm.n_lams > 1 else options.lam[0]
+        reduction = _REDUCTIONS[options.reduction]
+        epsilon = math.nan if options.epsilon is None else options.epsilon
         penalties = np.empty(layers)
-        like = np.empty(0, bits)
-        return penalties if kernel(table, like, lam, column, scale, epsilon, penalties) else None
+        taken = kernel(plan, address, layers, lam, reduction, scale, epsilon, penalties)
+        return penalties if taken else None
 
-    def _outcome(
-        self,
-        x: Array,
-        g: Array | None,
-        norm: Norm,
-        lam: tuple[float, ...],
-        gradient_lam: tuple[float, ...],
-        epsilon: float,
-    ) -> Outcome:
-        """Sum, as quickly as will do, and update the gradients if there are any."""
-        total = self.quick_sum(x, norm, g, gradient_lam)
-        compute = COMPUTE_DTYPES[x.dtype]
-        found = round_if_certain(total, x.size, compute, norm, lam, gradient_lam, epsilon)
-        return found or outcome_of(self.partial_sum(x, norm), norm, lam, gradient_lam, epsilon)
+
+def _call(x: Array, g: Array) -> Call:
+    """Return a call on arrays of any strides, which have been checked."""
+    size = x.size
+    if not size:
+        return Call()  # of no blocks
+    if not (x.flags.c_contiguous and g.flags.c_contiguous):
+        x, g = collapse(x, g)
+        *lengths, length = x.shape
+        *x_steps, x_step = x.strides
+        *g_steps, g_step = g.strides
+    else:
+        lengths, x_steps, g_steps = [], [], []
+        length, x_step, g_step = size, x.itemsize, x.itemsize
+    pieces = -(-length // BLOCK)
+    all_pieces, per_block = math.prod(lengths) * pieces, max(1, BLOCK // length)
+    axes = np.array([*zip(lengths, x_steps, g_steps, strict=True)], np.int64) if lengths else None
+    call = Call(
+        *(x.ctypes.data, g.ctypes.data, size, 0),
+        *(length, x_step, g_step, len(lengths), 0 if axes is None else axes.ctypes.data),
+        *(pieces, all_pieces, per_block, -(-all_pieces // per_block)),
+    )
+    call.axes_in_use, call.dense = axes, x_step == g_step == x.itemsize
+    return call
+
+
+def _run(call: Call, function: Any) -> tuple[float, ...]:
+    """Run a pass and return its total."""
+    if call.size:
+        kernel_of(kernels.pass_kernel, _parallel(call))(function.address, ctypes.addressof(call))
+    return tuple(call.total)
+
+
+def _parallel(call: Call) -> bool:
+    return call.size >= PARALLEL_FROM and may_use_threads()
+
+
+def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool) -> Any:
+    """Do a whole call, once more in integers if its sum takes them, and return the penalty."""
+    call = _call(x, g)
+    call.lam[: norm.n_lams] = constants.lam
+    call.gradient_lam[: norm.n_lams] = constants.gradient_lam
+    call.epsilon = constants.epsilon
+    kernel = kernel_of(kernels.whole_kernel, _parallel(call))
+    plan = _plan(norm, x.dtype, writes, call.dense)
+    penalty = kernel(ctypes.addressof(plan), ctypes.addressof(call))
+    if penalty < 0.0:
+        found = outcome_of(BACKEND.partial_sum(x, norm), norm, constants)
+        penalty = found.penalty
+        if writes and norm.two_pass and found.has_gradient:
+            BACKEND.add_gradient(x, g, norm, constants, found.coefficients)
+    return COMPUTE_DTYPES[x.dtype].type(penalty)
+
+
+def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
+    """Return the block function that sums, whatever the norm."""
+    return kernel_of(kernels.block_function, norm.terms, None, dtype, dense)
+
+
+def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
+    """Return the block function that updates, and sums, if that is all in one pass."""
+    # Where memory is the limit, a sum that nothing needs costs nothing.
+    terms = () if norm.two_pass else norm.terms
+    return kernel_of(kernels.block_function, terms, norm, dtype, dense)
+
+
+def _plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) -> Plan:
+    """Return the functions that a call runs."""
+    return kernel_of(_compiled_plan, norm, dtype, writes, dense)  # type: ignore[no-any-return]
+
+
+def _compiled_plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) -> Plan:
+    compute = COMPUTE_DTYPES[dtype]
+    sums_first = norm.two_pass or not writes
+    first = (_summing if sums_first else _updating)(norm, dtype, dense)
+    second = _updating(norm, dtype, dense) if norm.two_pass and writes else None
+    prepare = kernel_of(kernels.prepare_function, norm, compute)
+    finish = kernel_of(kernels.finish_function, norm, compute)
+    plan = Plan(first.address, second.address if second else 0, prepare.address, finish.address)
+    _IN_USE.append((plan, first, second, prepare, finish))
+    return plan
+
+
+# What compiled code knows by address, so that it must not be freed while the process lives.
+_IN_USE: list[Any] = []
 
 
 def _fused(norm: Norm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
     """Return the fused kernel, ready for what the caller has: 16-bit floats, forked processes."""
-    kernel: Any = kernels.fused_kernel(norm, dtype, writes, parallel)
+    door = kernel_of(kernels.door_kernel, bits_of(dtype), norm.n_lams, writes, parallel)
+    # A bound method is called as quickly as its function.
+    kernel: Any = MethodType(door, float(ctypes.addressof(_plan(norm, dtype, writes, True))))
     if parallel:
         with_threads = kernel
 
@@ -204,38 +277,10 @@ def _exact_sum(x: Array, degree: int) -> PartialSum:
     bins = np.zeros((2046, limbs_of(degree)), np.int64)
     special = 0.0
     if x.size:
-        first, _, axes = _rows(x, x)
-        special = kernel_of(kernels.accumulator, degree, x.dtype)(first, axes, bins)
+        call = _call(x, x)
+        kernel = kernel_of(kernels.accumulator, degree, x.dtype)
+        special = kernel(ctypes.addressof(call), bins)
     return PartialSum(degree, COMPUTE_DTYPES[x.dtype], units_of(bins, degree), special)
-
-
-def _pass(
-    terms: tuple[int, ...],
-    norm: Norm | None,
-    x: Array,
-    g: Array,
-    gradient_lam: tuple[float, ...] = (),
-    coefficients: tuple[float, ...] = (),
-) -> tuple[float, ...]:
-    """Run one pass over all elements, which sums ``terms`` and adds the gradient of ``norm``."""
-    if x.size == 0:
-        return summing_of(terms, x.dtype).zero
-    parallel = x.size >= PARALLEL_FROM and may_use_threads()
-    kernel = kernel_of(kernels.pass_kernel, terms, norm, x.dtype, parallel)
-    return kernel(*_rows(x, g), gradient_lam, coefficients)  # type: ignore[no-any-return]
-
-
-def _rows(x: Array, g: Array) -> tuple[Array, Array, np.ndarray[Any, np.dtype[np.int64]]]:
-    """Return the bits of the first rows of ``x`` and ``g``, and where the others are.
-
-    A row is the last axis that :func:`collapse` leaves. The others come as three lists, of their
-    lengths and of the bytes that ``x`` and ``g`` step along them.
-    """
-    bits = bits_of(x.dtype)
-    x, g = collapse(x.view(bits), g.view(bits))
-    axes = np.array([x.shape[:-1], x.strides[:-1], g.strides[:-1]], np.int64)
-    first = (0,) * (x.ndim - 1)
-    return x[first], g[first], axes
 
 
 BACKEND = NumbaBackend()

@@ -1,15 +1,20 @@
-"""The compiled kernels: thin drivers round the rows of :mod:`~actreg_dispatch.backends.numba.rows`.
+"""The compiled kernels: functions of a norm and a dtype, and drivers that know neither.
 
-* The *fused* kernel takes contiguous arrays of one axis and does a whole call: it checks what a
-  caller may get wrong, rounds λ, sums, tests the rounding, updates.
-* The *pass* takes arrays of any strides, after validation, and returns the sums.
-* The *batch* does for all layers of a table what the fused kernel does for one, in one parallel
-  region.
-* The *accumulator* sums exactly, into the bins of a superaccumulator (Kulisch).
+Of a norm there are three C functions: a *block* function sums and updates one block of the arrays,
+and is the only one that looks at elements; *prepare* rounds λ, and *finish* tests the rounding of
+the sums and evaluates what they lead to. Drivers, which call these by address, bring them together:
+
+* the *pass* runs one block function over all blocks, in series or in parallel;
+* the *whole* call prepares, sums, finishes, and updates, if that is still to be done;
+* the *door* is the whole call for contiguous arrays of one axis, nothing of which has been checked;
+* the *batch* is the whole call for many layers, in one parallel region.
+
+The *accumulator* sums exactly, into the bins of a superaccumulator (Kulisch).
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -18,23 +23,32 @@ import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from actreg_dispatch.backends.numba.compiling import compile_kernel, source_hash
+from actreg_dispatch.backends.numba.addresses import (
+    BLOCK_SIGNATURE,
+    CALL_SIGNATURE,
+    TOTALS,
+    Call,
+    address_of,
+    call_at,
+    call_block,
+    call_rules,
+    dense_row,
+    new_call,
+    new_total,
+    plan_at,
+    strided_row,
+)
+from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel, source_hash
 from actreg_dispatch.backends.numba.rows import (
     BLOCK,
     accumulate,
     add_gradient,
-    address_of,
     bits_of,
-    cast_of,
-    dense_row,
+    load_of,
     no_gradient,
     no_update,
-    one_lam,
-    several_lams,
     store_of,
-    strided_row,
     summing_of,
-    update_only,
 )
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64
 from actreg_dispatch.norms import Norm
@@ -43,6 +57,7 @@ from actreg_dispatch.sums.certified import (
     NOT_HANDLED,
     PLAIN_BOUND,
     anchored_bound,
+    merge_pairs,
 )
 
 __all__ = [
@@ -50,10 +65,14 @@ __all__ = [
     "accumulator",
     "apartness",
     "batch_kernel",
+    "block_function",
     "clearing",
     "describing",
-    "fused_kernel",
+    "door_kernel",
+    "finish_function",
     "pass_kernel",
+    "prepare_function",
+    "whole_kernel",
 ]
 
 # Elements from which on the threads are woken. Measured on two cores, L1, µs serial and parallel:
@@ -61,208 +80,313 @@ __all__ = [
 # at 16,000, 9.1 and 6.6 at 30,000.
 PARALLEL_FROM = 30_000
 
+CALL_BYTES = ctypes.sizeof(Call)
 _PAGES = 1 << 18  # bytes that one thread clears at a time
-_AXES = types.Array(types.int64, 2, "C")
-_TABLE = types.Array(types.int64, 2, "C")  # for each layer: where x and g are, elements, samples
-_TOTALS = types.Array(types.float64, 2, "C")
+_INT, _FLOAT = types.int64, types.float64
+_UNDECIDED, _NO_GRADIENT, _GRADIENT = 0, 1, 2  # what finish returns
 
 
-class _Formulas:
-    """What a kernel closes over of a norm and a dtype, all of it compiled code and constants."""
-
-    def __init__(self, norm: Norm, dtype: np.dtype[Any]) -> None:
-        compute = COMPUTE_DTYPES[dtype]
-        self.real: Any = compute.type
-        self.summing = summing_of(norm.terms, dtype)
-        self.gradient = register_jitable(norm.gradient)
-        self.evaluate = register_jitable(norm.evaluate)
-        self.rounded_lams = register_jitable(norm.rounded_lams)
-        self.lam_fits = register_jitable(norm.lam_fits)
-        self.widened = cast_of(norm.n_lams)
-        self.as_tuple = one_lam if norm.n_lams == 1 else several_lams
-        self.lam_type = _lam_type(norm)
-        self.one = self.real(1)
-        self.none = (self.one,) * norm.n_coefficients  # in place of coefficients that nothing uses
-        self.epsilon = float(np.finfo(self.real).eps)
-        self.key = source_hash(), norm.source  # what Numba's cache tells kernels apart by
+# Functions of a norm and a dtype.
 
 
-def _lam_type(norm: Norm) -> Any:
-    return types.float64 if norm.n_lams == 1 else types.UniTuple(types.float64, norm.n_lams)
+def block_function(
+    terms: tuple[int, ...], norm: Norm | None, dtype: np.dtype[Any], dense: bool
+) -> Any:
+    """Compile what sums ``terms``, if there are any, over one block of a call.
 
-
-def fused_kernel(norm: Norm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
-    """Compile the kernel that does a whole call on contiguous arrays of one axis.
-
-    It takes activations, gradients, λ, what λ is divided by, what it is multiplied by for the
-    gradient, and epsilon (NaN for the default), and returns the penalty, or ``NOT_HANDLED`` or
-    ``NEEDS_EXACT_SUM``, which are negative, as a penalty is not. Without ``writes`` the gradients
-    are the activations again. The signature is explicit: arrays of another dtype, layout or
-    writability are a TypeError.
+    It adds the gradient of ``norm`` on the way, if there is one. The elements of a row are next to
+    each other in both arrays if they are ``dense``. It is given the call, the number of the block,
+    and where the total goes, and returns 0.
     """
-    formulas, anchored = _Formulas(norm, dtype), dtype == FLOAT64
-    sum_row, zero, merge, merged, certified, magnitude = formulas.summing
-    gradient, evaluate, real = formulas.gradient, formulas.evaluate, formulas.real
-    rounded_lams, lam_fits, widened = formulas.rounded_lams, formulas.lam_fits, formulas.widened
-    as_tuple, one, none = formulas.as_tuple, formulas.one, formulas.none
-    updates_later = writes and norm.two_pass
-    update = add_gradient if writes and not updates_later else no_update
-    default, columns, key = formulas.epsilon, len(zero), formulas.key
+    sum_row, zero, _, magnitude = summing_of(terms, dtype)
+    n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
+    load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
+    update = add_gradient if norm else no_update
+    gradient = register_jitable(norm.gradient) if norm else no_gradient
+    real: Any = COMPUTE_DTYPES[dtype].type
+    element = bits_of(dtype).type
+    padding = (0.0,) * (TOTALS - len(zero))
+    key = source_hash(), norm and norm.source, dense
 
-    def kernel(x, g, lam, count, scale, epsilon):  # type: ignore[no-untyped-def]
+    def block(address, number, there):  # type: ignore[no-untyped-def]
         _ = key
-        size, reach = x.size, x.size * x.itemsize
-        apart = abs(address_of(x) - address_of(g)) >= reach or not writes
-        aligned = (address_of(x) | address_of(g)) % x.itemsize == 0  # which Numba takes for granted
-        lams, gradient_lams = rounded_lams(as_tuple(lam), count, scale, real)
-        plain = apart and aligned and size == g.size and lam_fits(lams, one)
-        if not plain or (size >= PARALLEL_FROM) != parallel:
-            return NOT_HANDLED
-        blocks = -(-size // BLOCK)
-        if parallel:
-            totals = np.empty((blocks, columns))
-            for b in numba.prange(blocks):
-                xs, gs = x[b * BLOCK : (b + 1) * BLOCK], g[b * BLOCK : (b + 1) * BLOCK]
-                totals[b] = sum_row(xs, gs, zero, magnitude, update, gradient, gradient_lams, none)
-            total = merged(totals)
-        else:
-            total = zero
-            for b in range(blocks):
-                xs, gs = x[b * BLOCK : (b + 1) * BLOCK], g[b * BLOCK : (b + 1) * BLOCK]
-                block = sum_row(xs, gs, zero, magnitude, update, gradient, gradient_lams, none)
-                total = merge(total, block)
+        call = call_at(address)
+        lam, c = load_lam(call.gradient_lam, real), load_c(call.coefficients, real)
+        x_step, g_step = call.x_step, call.g_step
+        first = number * call.pieces_per_block
+        total = zero
+        for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
+            x, g, count = _piece(call, piece)
+            if dense:
+                xs = dense_row(element, x, count, x_step)
+                gs = dense_row(element, g, count, g_step)
+            else:
+                xs = strided_row(element, x, count, x_step)
+                gs = strided_row(element, g, count, g_step)
+            total = sum_row(xs, gs, total, magnitude, update, gradient, lam, c)
+        store(dense_row(np.float64, there, TOTALS, 8), total + padding)
+        return 0
+
+    return compile_function(block, BLOCK_SIGNATURE)
+
+
+def prepare_function(norm: Norm, compute: np.dtype[Any]) -> Any:
+    """Compile what divides, scales and rounds λ of a call, and returns whether they fit T."""
+    rounded_lams, lam_fits = register_jitable(norm.rounded_lams), register_jitable(norm.lam_fits)
+    load, store = load_of(norm.n_lams), store_of(norm.n_lams)
+    real: Any = compute.type
+    one = real(1)
+    key = source_hash(), norm.source
+
+    def prepare(address):  # type: ignore[no-untyped-def]
+        _ = key
+        call = call_at(address)
+        lam = load(call.lam, np.float64)
+        lams, gradient_lams = rounded_lams(lam, call.count, call.scale, real)
+        store(call.lam, lams)
+        store(call.gradient_lam, gradient_lams)
+        return int(lam_fits(lams, one))
+
+    return compile_function(prepare, CALL_SIGNATURE)
+
+
+def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
+    """Compile what finds penalty and coefficients of a call that has been summed.
+
+    It returns whether these are certain and whether there is a gradient.
+    """
+    _, zero, certified, _ = summing_of(norm.terms, compute)
+    evaluate, anchored = register_jitable(norm.evaluate), compute == FLOAT64
+    load_lam, load_total = load_of(norm.n_lams), load_of(len(zero))
+    store = store_of(norm.n_coefficients)
+    real: Any = compute.type
+    default = float(np.finfo(real).eps)
+    key = source_hash(), norm.source
+
+    def finish(address):  # type: ignore[no-untyped-def]
+        _ = key
+        call = call_at(address)
         found, certain = certified(
-            total,
-            anchored_bound(size) if anchored else PLAIN_BOUND,
+            load_total(call.total, np.float64),
+            anchored_bound(call.size) if anchored else PLAIN_BOUND,
             evaluate,
-            widened(lams, np.float64),
-            widened(gradient_lams, np.float64),
-            default if math.isnan(epsilon) else epsilon,
+            load_lam(call.lam, np.float64),
+            load_lam(call.gradient_lam, np.float64),
+            default if math.isnan(call.epsilon) else call.epsilon,
             real,
         )
         penalty, c, has_gradient = found
         if not (certain and penalty >= 0.0):
-            return NOT_HANDLED if updates_later else NEEDS_EXACT_SUM
-        if updates_later and has_gradient:
-            for b in numba.prange(blocks):
-                xs, gs = x[b * BLOCK : (b + 1) * BLOCK], g[b * BLOCK : (b + 1) * BLOCK]
-                update_only(xs, gs, zero, magnitude, add_gradient, gradient, gradient_lams, c)
-        return np.float64(penalty)
+            return _UNDECIDED
+        call.penalty = penalty
+        store(call.coefficients, c)
+        return _GRADIENT if has_gradient else _NO_GRADIENT
 
-    element = numba.from_dtype(bits_of(dtype))
-    x = types.Array(element, 1, "C", readonly=True)
-    g = types.Array(element, 1, "C", readonly=not writes)
-    number = types.float64
-    # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
-    signature = number(x, g, formulas.lam_type, number, number, number)
-    return compile_kernel(kernel, signature, parallel, _nrt=parallel)
-
-
-def pass_kernel(
-    terms: tuple[int, ...], norm: Norm | None, dtype: np.dtype[Any], parallel: bool
-) -> Any:
-    """Compile one pass over arrays of any strides, which sums ``terms``, if there are any.
-
-    It adds the gradient of ``norm`` on the way, if there is one. It takes the first rows of both
-    arrays, the lengths of the other axes and the bytes that both step along them, λ of the gradient
-    and the coefficients, and returns the total.
-    """
-    sum_row, zero, _, merged, _, magnitude = summing_of(terms, dtype)
-    n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
-    cast_lam, cast_c, columns = cast_of(n_lams), cast_of(n_coefficients), len(zero)
-    update = add_gradient if norm else no_update
-    gradient = register_jitable(norm.gradient) if norm else no_gradient
-    real: Any = COMPUTE_DTYPES[dtype].type
-    # With ``parallel``, or one twin would be taken from the cache for the other.
-    key = source_hash(), norm and norm.source, parallel
-
-    def kernel(x, g, axes, lam, c):  # type: ignore[no-untyped-def]
-        _ = key
-        lams, cs = cast_lam(lam, real), cast_c(c, real)
-        length = x.size
-        dense = x.strides[0] == x.itemsize and g.strides[0] == g.itemsize
-        pieces = -(-length // BLOCK)  # of a row
-        units = axes[0].prod() * pieces
-        units_per_block = max(1, BLOCK // length)
-        blocks = -(-units // units_per_block)
-        totals = np.empty((blocks, columns))
-        for b in numba.prange(blocks):
-            total = zero
-            for unit in range(b * units_per_block, min((b + 1) * units_per_block, units)):
-                row, piece = divmod(unit, pieces)
-                start = piece * BLOCK
-                count = min(BLOCK, length - start)
-                x_offset, g_offset = _offsets(axes, row)
-                x_offset += start * x.strides[0]
-                g_offset += start * g.strides[0]
-                if dense:
-                    xs, gs = dense_row(x, x_offset, count), dense_row(g, g_offset, count)
-                    total = sum_row(xs, gs, total, magnitude, update, gradient, lams, cs)
-                else:
-                    xs, gs = strided_row(x, x_offset, count), strided_row(g, g_offset, count)
-                    total = sum_row(xs, gs, total, magnitude, update, gradient, lams, cs)
-            totals[b] = total
-        return merged(totals)
-
-    element = numba.from_dtype(bits_of(dtype))
-    x = types.Array(element, 1, "A", readonly=True)
-    g = types.Array(element, 1, "A", readonly=norm is None)
-    lam, c = (types.UniTuple(types.float64, n) for n in (n_lams, n_coefficients))
-    total = types.UniTuple(types.float64, columns)
-    return compile_kernel(kernel, total(x, g, _AXES, lam, c), parallel)
+    return compile_function(finish, CALL_SIGNATURE)
 
 
 @register_jitable
-def _offsets(axes, row):  # type: ignore[no-untyped-def]
-    """Return by how many bytes a row lies behind the first, in both arrays."""
-    x_offset, g_offset = 0, 0
-    for axis in range(axes.shape[1] - 1, -1, -1):
-        row, place = divmod(row, axes[0, axis])
-        x_offset += place * axes[1, axis]
-        g_offset += place * axes[2, axis]
-    return x_offset, g_offset
+def _piece(call, number):  # type: ignore[no-untyped-def]
+    """Return where a piece lies in both arrays, and its number of elements."""
+    x, g, start = call.activations, call.gradients, number * BLOCK
+    if call.n_axes > 0:
+        row, piece = divmod(number, call.pieces)
+        start = piece * BLOCK
+        axes = dense_row(np.int64, call.axes, 3 * call.n_axes, 8)
+        for axis in range(3 * call.n_axes - 3, -1, -3):
+            row, place = divmod(row, axes[axis])
+            x += place * axes[axis + 1]
+            g += place * axes[axis + 2]
+    return x + start * call.x_step, g + start * call.g_step, min(BLOCK, call.length - start)
+
+
+# Passes.
+
+
+@register_jitable
+def _add_to(total, part):  # type: ignore[no-untyped-def]
+    """Add the pairs of a block to those before."""
+    for k in range(0, TOTALS, 2):
+        total[k], total[k + 1] = merge_pairs(total[k], total[k + 1], part[k], part[k + 1])
+
+
+@register_jitable
+def _in_series(function, address):  # type: ignore[no-untyped-def]
+    """Run a block function over all blocks, and leave the total in the call."""
+    call = call_at(address)
+    call_block(function, (address, 0, address_of(call.total)))  # zeros where there is no block
+    part = new_total()
+    for b in range(1, call.blocks):
+        call_block(function, (address, b, part))
+        _add_to(call.total, dense_row(np.float64, part, TOTALS, 8))
+
+
+@register_jitable(parallel=True)
+def _in_parallel(function, address):  # type: ignore[no-untyped-def]
+    call = call_at(address)
+    parts = np.empty((call.blocks, TOTALS))
+    for b in numba.prange(parts.shape[0]):
+        call_block(function, (address, b, address_of(parts[b])))
+    call.total[:] = 0.0
+    for b in range(parts.shape[0]):
+        _add_to(call.total, parts[b])
+
+
+def _passing(parallel: bool) -> Any:
+    return _in_parallel if parallel else _in_series
+
+
+@register_jitable
+def _whole(plan, address, passing):  # type: ignore[no-untyped-def]
+    """Return the penalty of a call that is prepared, and leave nothing to do but an exact sum."""
+    functions, call = plan_at(plan), call_at(address)
+    passing(functions.first, address)
+    found = call_rules(functions.finish, (address,))
+    if found == _UNDECIDED:
+        return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
+    if functions.second != 0 and found == _GRADIENT:
+        passing(functions.second, address)
+    return call.penalty
+
+
+def pass_kernel(parallel: bool) -> Any:
+    """Compile the driver of one block function over a call, which leaves the total there."""
+    passing, key = _passing(parallel), source_hash()
+
+    def kernel(function, address):  # type: ignore[no-untyped-def]
+        _ = key
+        passing(function, address)
+
+    return compile_kernel(kernel, types.void(_INT, _INT), _nrt=parallel)
+
+
+def whole_kernel(parallel: bool) -> Any:
+    """Compile the driver of a call that is prepared.
+
+    It takes the plan and the call, and returns the penalty, or ``NOT_HANDLED`` or
+    ``NEEDS_EXACT_SUM``, which are negative, as a penalty is not.
+    """
+    passing, key = _passing(parallel), source_hash()
+
+    def kernel(plan, address):  # type: ignore[no-untyped-def]
+        _ = key
+        return _whole(plan, address, passing)
+
+    return compile_kernel(kernel, _FLOAT(_INT, _INT), _nrt=parallel)
+
+
+def door_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) -> Any:
+    """Compile the driver of a whole call on contiguous arrays of one axis, whose bits are these.
+
+    It takes the plan, activations, gradients, λ, what λ is divided by, what it is multiplied by for
+    the gradient, and epsilon (NaN for the default), and returns what the whole call does. Without
+    ``writes`` the gradients are the activations again. The signature is explicit: arrays of another
+    dtype, layout or writability are a TypeError. The address of the plan, below 2⁵³ like every
+    address, is a float, which Numba takes 20 ns less to read than an int.
+    """
+    passing, as_tuple, store = _passing(parallel), _as_tuple(n_lams), store_of(n_lams)
+    key = source_hash()
+
+    def kernel(plan_address, x, g, lam, count, scale, epsilon):  # type: ignore[no-untyped-def]
+        _ = key
+        plan, size, itemsize = np.int64(plan_address), x.size, x.itemsize
+        start, g_start = address_of(x), address_of(g)
+        apart = abs(start - g_start) >= size * itemsize or not writes
+        aligned = (start | g_start) % itemsize == 0  # which Numba takes for granted
+        if not (apart and aligned and size == g.size) or (size >= PARALLEL_FROM) != parallel:
+            return NOT_HANDLED
+        address = new_call()
+        call = call_at(address)
+        _describe(call, start, g_start, size, itemsize)
+        store(call.lam, as_tuple(lam))
+        call.count, call.scale, call.epsilon = count, scale, epsilon
+        if not call_rules(plan_at(plan).prepare, (address,)):
+            return NOT_HANDLED
+        return _whole(plan, address, passing)
+
+    element = numba.from_dtype(bits)
+    x = types.Array(element, 1, "C", readonly=True)
+    g = types.Array(element, 1, "C", readonly=not writes)
+    # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
+    signature = _FLOAT(_FLOAT, x, g, _lam_type(n_lams), _FLOAT, _FLOAT, _FLOAT)
+    return compile_kernel(kernel, signature, _nrt=parallel)
+
+
+def _lam_type(n_lams: int) -> Any:
+    return _FLOAT if n_lams == 1 else types.UniTuple(_FLOAT, n_lams)
+
+
+def _as_tuple(n_lams: int) -> Any:
+    return _one_lam if n_lams == 1 else _several_lams
+
+
+@register_jitable
+def _one_lam(lam):  # type: ignore[no-untyped-def]
+    """Return a single λ, which is passed as a number since that is quicker, as a tuple."""
+    return (lam,)
+
+
+@register_jitable
+def _several_lams(lam):  # type: ignore[no-untyped-def]
+    """Return several λ as they are."""
+    return lam
+
+
+@register_jitable
+def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
+    """Write down that the arrays are one row."""
+    call.activations, call.gradients, call.size, call.length = x, g, size, size
+    call.x_step = call.g_step = itemsize
+    call.n_axes = call.axes = 0
+    call.blocks = call.pieces = call.all_pieces = -(-size // BLOCK)
+    call.pieces_per_block = 1
+
+
+# Many layers.
 
 
 def describing(dtype: np.dtype[Any], axes: int) -> Any:
-    """Compile the function that describes one layer, of so many axes, in a row of the table.
+    """Compile the function that describes a layer of so many axes as one of many calls.
 
     It returns the number of elements, or -1 where shapes differ or an array is not aligned. Arrays
     of another dtype or layout, and read-only gradients, are a TypeError.
     """
     key = source_hash()
 
-    def kernel(x, g, table, layer):  # type: ignore[no-untyped-def]
+    def kernel(x, g, calls, layer):  # type: ignore[no-untyped-def]
         _ = key
         start, g_start = address_of(x), address_of(g)
         if x.shape != g.shape or (start | g_start) % x.itemsize != 0:
             return -1
-        table[layer, 0], table[layer, 1] = start, g_start
-        table[layer, 2], table[layer, 3] = x.size, x.shape[0]
+        call = call_at(calls + layer * CALL_BYTES)
+        _describe(call, start, g_start, x.size, x.itemsize)
+        call.samples = x.shape[0]
         return x.size
 
     element = numba.from_dtype(dtype)
     x = types.Array(element, axes, "C", readonly=True)
     g = types.Array(element, axes, "C")
-    return compile_kernel(kernel, types.int64(x, g, _TABLE, types.int64), _nrt=False)
+    return compile_kernel(kernel, _INT(x, g, _INT, _INT), _nrt=False)
 
 
 def apartness() -> Any:
-    """Compile the function that says whether no gradients of the table share memory with anything.
+    """Compile the function that says whether no gradients share memory with anything.
 
     In the order of their addresses, nothing may begin before the gradients before it end, and no
     gradients before anything before them ends.
     """
     key = source_hash()
 
-    def kernel(table, itemsize):  # type: ignore[no-untyped-def]
+    def kernel(calls, layers):  # type: ignore[no-untyped-def]
         _ = key
-        layers = table.shape[0]
         starts = np.empty(2 * layers, np.int64)
         for layer in range(layers):
-            starts[2 * layer], starts[2 * layer + 1] = table[layer, 0], table[layer, 1]
+            call = call_at(calls + layer * CALL_BYTES)
+            starts[2 * layer], starts[2 * layer + 1] = call.activations, call.gradients
         end, written_end = 0, 0
         for k in np.argsort(starts):
-            written, size = k % 2 == 1, table[k // 2, 2] * itemsize
+            call, written = call_at(calls + k // 2 * CALL_BYTES), k % 2 == 1
+            size = call.size * call.x_step
             if size > 0:
                 if starts[k] < (end if written else written_end):
                     return False
@@ -271,127 +395,95 @@ def apartness() -> Any:
                     written_end = max(written_end, starts[k] + size)
         return True
 
-    return compile_kernel(kernel, types.boolean(_TABLE, types.int64))
+    return compile_kernel(kernel, types.boolean(_INT, _INT))
 
 
-def batch_kernel(norm: Norm, dtype: np.dtype[Any], parallel: bool) -> Any:
-    """Compile the function that does for all layers of the table what a fused kernel does for one.
+def batch_kernel(n_lams: int, parallel: bool) -> Any:
+    """Compile the driver of one whole call for each layer.
 
-    It takes the table, λ, which column of it λ is divided by (0 for none), what λ is multiplied by
-    for the gradient, epsilon (NaN for the default), and where the penalties go. It returns whether
-    it took the layers; if not, nothing was written.
+    It takes the plan, the calls and their number, λ, which reduction divides it, what λ is
+    multiplied by for the gradient, epsilon (NaN for the default), and where the penalties go. It
+    returns whether it took the layers; if not, nothing was written.
     """
-    formulas, anchored = _Formulas(norm, dtype), dtype == FLOAT64
-    sum_row, zero, merge, _, certified, magnitude = formulas.summing
-    gradient, evaluate, real = formulas.gradient, formulas.evaluate, formulas.real
-    rounded_lams, lam_fits, widened = formulas.rounded_lams, formulas.lam_fits, formulas.widened
-    as_tuple, one, none = formulas.as_tuple, formulas.one, formulas.none
-    two_pass, default, columns = norm.two_pass, formulas.epsilon, len(zero)
-    update = no_update if two_pass else add_gradient
-    n_coefficients = norm.n_coefficients
-    cast_total, cast_c = cast_of(columns), cast_of(n_coefficients)
-    store = store_of(n_coefficients)
-    key = formulas.key, parallel
+    as_tuple, store = _as_tuple(n_lams), store_of(n_lams)
+    run_blocks = _blocks_in_parallel if parallel else _blocks_in_series
+    key = source_hash()
 
-    def kernel(table, like, lam, column, scale, epsilon, penalties):  # type: ignore[no-untyped-def]
+    def kernel(plan, calls, layers, lam, reduction, scale, epsilon, penalties):  # type: ignore[no-untyped-def]
         _ = key
-        layers = table.shape[0]
-        for layer in range(layers):
-            lams = rounded_lams(as_tuple(lam), _count(table, layer, column), scale, real)[0]
-            if not lam_fits(lams, one):
-                return False
+        functions = plan_at(plan)
         before = np.empty(layers + 1, np.int64)  # how many blocks the layers before have
         before[0] = 0
         for layer in range(layers):
-            before[layer + 1] = before[layer] - (-table[layer, 2] // BLOCK)
+            address = calls + layer * CALL_BYTES
+            call = call_at(address)
+            store(call.lam, as_tuple(lam))
+            count = (1, call.size, call.samples)[reduction]
+            call.count, call.scale, call.epsilon = max(1, count), scale, epsilon
+            if not call_rules(functions.prepare, (address,)):
+                return False
+            before[layer + 1] = before[layer] + call.blocks
         layer_of = np.empty(before[layers], np.int64)
-        for layer in range(layers):  # by a loop: a slice would be a parallel region of its own
-            for b in range(before[layer], before[layer + 1]):
-                layer_of[b] = layer
-
-        totals = np.empty((layer_of.size, columns))
-        for b in numba.prange(layer_of.size):
-            layer = layer_of[b]
-            x, g = _block(like, table, layer, b - before[layer])
-            count = _count(table, layer, column)
-            gradient_lams = rounded_lams(as_tuple(lam), count, scale, real)[1]
-            totals[b] = sum_row(x, g, zero, magnitude, update, gradient, gradient_lams, none)
-
-        coefficients = np.empty((layers, n_coefficients))
-        adds = np.zeros(layers, np.bool_)  # whether there is a gradient still to be added
         for layer in range(layers):
-            total = zero
-            for b in range(before[layer], before[layer + 1]):
-                total = merge(total, cast_total(totals[b], np.float64))
-            lams, gradient_lams = rounded_lams(
-                as_tuple(lam), _count(table, layer, column), scale, real
-            )
-            found, certain = certified(
-                total,
-                anchored_bound(table[layer, 2]) if anchored else PLAIN_BOUND,
-                evaluate,
-                widened(lams, np.float64),
-                widened(gradient_lams, np.float64),
-                default if math.isnan(epsilon) else epsilon,
-                real,
-            )
-            penalty, c, has_gradient = found
-            if certain and penalty >= 0.0:
-                penalties[layer], adds[layer] = penalty, has_gradient
-                store(coefficients, layer, c)
-            else:
-                penalties[layer] = NOT_HANDLED if two_pass else NEEDS_EXACT_SUM
+            layer_of[before[layer] : before[layer + 1]] = layer
 
-        if two_pass:
-            for b in numba.prange(layer_of.size):
-                layer = layer_of[b]
-                if adds[layer]:
-                    x, g = _block(like, table, layer, b - before[layer])
-                    count = _count(table, layer, column)
-                    gradient_lams = rounded_lams(as_tuple(lam), count, scale, real)[1]
-                    c = cast_c(coefficients[layer], real)
-                    update_only(x, g, zero, magnitude, add_gradient, gradient, gradient_lams, c)
+        parts = run_blocks(functions.first, calls, layer_of, before)
+        updates = False
+        for layer in range(layers):
+            address = calls + layer * CALL_BYTES
+            call = call_at(address)
+            call.total[:] = 0.0
+            for b in range(before[layer], before[layer + 1]):
+                _add_to(call.total, parts[b])
+            found = call_rules(functions.finish, (address,))
+            penalties[layer] = call.penalty
+            if found == _UNDECIDED:
+                penalties[layer] = NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
+            if found == _GRADIENT:
+                updates = True
+            else:  # and so nothing is left to be done
+                call.all_pieces = 0
+        if functions.second != 0 and updates:
+            run_blocks(functions.second, calls, layer_of, before)
         return True
 
-    like = types.Array(numba.from_dtype(bits_of(dtype)), 1, "C")
-    penalties, number = types.Array(types.float64, 1, "C"), types.float64
-    signature = types.boolean(
-        _TABLE, like, formulas.lam_type, types.int64, number, number, penalties
-    )
-    return compile_kernel(kernel, signature, parallel)
+    penalties = types.Array(_FLOAT, 1, "C")
+    signature = types.boolean(_INT, _INT, _INT, _lam_type(n_lams), _INT, _FLOAT, _FLOAT, penalties)
+    return compile_kernel(kernel, signature)
 
 
 @register_jitable
-def _count(table, layer, column):  # type: ignore[no-untyped-def]
-    return np.float64(max(1, table[layer, column])) if column > 0 else 1.0
+def _blocks_in_series(function, calls, layer_of, before):  # type: ignore[no-untyped-def]
+    """Run a block function over all blocks of all layers, and return their totals."""
+    parts = np.empty((layer_of.size, TOTALS))
+    for b in numba.prange(layer_of.size):
+        layer = layer_of[b]
+        address = calls + layer * CALL_BYTES
+        call_block(function, (address, b - before[layer], address_of(parts[b])))
+    return parts
 
 
-@register_jitable
-def _block(like, table, layer, number):  # type: ignore[no-untyped-def]
-    """Return that block of x and of g, arrays of the type of ``like``."""
-    start = number * BLOCK
-    length = min(BLOCK, table[layer, 2] - start)
-    offset = start * like.itemsize - address_of(like)
-    x = dense_row(like, table[layer, 0] + offset, length)
-    return x, dense_row(like, table[layer, 1] + offset, length)
+_blocks_in_parallel = register_jitable(parallel=True)(_blocks_in_series)
+
+
+# Exact sums, and zeros.
 
 
 def accumulator(degree: int, dtype: np.dtype[Any]) -> Any:
-    """Compile the exact sum over first rows and axes, as for a pass, into bins."""
-    squares = degree == 2
+    """Compile the exact sum over the activations of a call, into bins."""
+    squares, element = degree == 2, bits_of(dtype).type
     key = source_hash()
 
-    def kernel(x, axes, bins):  # type: ignore[no-untyped-def]
+    def kernel(address, bins):  # type: ignore[no-untyped-def]
         _ = key
+        call = call_at(address)
         special = 0.0
-        for row in range(axes[0].prod()):
-            offset, _ = _offsets(axes, row)
-            special += accumulate(strided_row(x, offset, x.size), bins, squares)
+        for piece in range(call.all_pieces):
+            x, _g, count = _piece(call, piece)
+            special += accumulate(strided_row(element, x, count, call.x_step), bins, squares)
         return special
 
-    x = types.Array(numba.from_dtype(bits_of(dtype)), 1, "A", readonly=True)
-    bins = types.Array(types.int64, 2, "C")
-    return compile_kernel(kernel, types.float64(x, _AXES, bins))
+    return compile_kernel(kernel, _FLOAT(_INT, types.Array(_INT, 2, "C")))
 
 
 def clearing() -> Any:

@@ -41,18 +41,12 @@ __all__ = [
     "Summing",
     "accumulate",
     "add_gradient",
-    "address_of",
     "bits_of",
-    "cast_of",
-    "dense_row",
+    "load_of",
     "no_gradient",
     "no_update",
-    "one_lam",
-    "several_lams",
     "store_of",
-    "strided_row",
     "summing_of",
-    "update_only",
 ]
 
 BLOCK = PLAIN_TERMS
@@ -151,42 +145,6 @@ def _multiply_add(typingctx, a, b, c):  # type: ignore[no-untyped-def]
     return types.float64(types.float64, types.float64, types.float64), fused
 
 
-@intrinsic
-def address_of(typingctx, array):  # type: ignore[no-untyped-def]
-    """Return where the first element of ``array`` is, an int64."""
-
-    def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        data = context.make_array(array)(context, builder, arguments[0]).data
-        return builder.ptrtoint(data, ir.IntType(64))
-
-    return types.int64(array), cast
-
-
-def _row(layout: str) -> Any:
-    """Return the function that makes an array of one axis and ``layout`` out of ``first``.
-
-    It has ``length`` elements, lies ``offset`` bytes behind ``first``, and holds no reference.
-    """
-
-    @intrinsic
-    def row(typingctx, first, offset, length):  # type: ignore[no-untyped-def]
-        def move(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            array = context.make_array(first)(context, builder, arguments[0])
-            start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-            array.data = builder.bitcast(builder.gep(start, [arguments[1]]), array.data.type)
-            array.shape = builder.insert_value(array.shape, arguments[2], 0)
-            array.nitems = arguments[2]
-            array.meminfo = ir.Constant(array.meminfo.type, None)
-            return array._getvalue()
-
-        return first.copy(layout=layout)(first, types.int64, types.int64), move
-
-    return row
-
-
-strided_row, dense_row = _row("A"), _row("C")
-
-
 # Magnitudes: |x| or x² in binary64, less the second result, which is what the square lost.
 
 
@@ -236,36 +194,24 @@ def no_gradient(x, lam, c):  # type: ignore[no-untyped-def]
 
 
 @cache
-def cast_of(count: int) -> Any:
+def load_of(count: int) -> Any:
     """Return the compiled function that makes a tuple of so many ``values``, rounded to a type."""
     each = "".join(f"real(values[{k}]), " for k in range(count))
-    return _compiled("cast", f"def cast(values, real): return ({each})")
+    return _compiled("load", f"def load(values, real): return ({each})")
 
 
 @cache
 def store_of(count: int) -> Any:
-    """Return the compiled function that writes a tuple of so many ``values`` to a row."""
-    each = "; ".join(f"rows[row, {k}] = values[{k}]" for k in range(count))
-    return _compiled("store", f"def store(rows, row, values): {each or 'pass'}")
+    """Return the compiled function that writes a tuple of so many ``values`` to an array."""
+    each = "; ".join(f"there[{k}] = values[{k}]" for k in range(count))
+    return _compiled("store", f"def store(there, values): {each or 'pass'}")
 
 
 def _compiled(name: str, source: str) -> Any:
     """Return a function for tuples of one length, over which compiled code cannot loop."""
-    functions: dict[str, Any] = {}
+    functions: dict[str, Any] = {"__name__": __name__}
     exec(source, functions)
     return register_jitable(functions[name])
-
-
-@register_jitable
-def one_lam(lam):  # type: ignore[no-untyped-def]
-    """Return a single λ, which is passed as a number since that is quicker, as a tuple."""
-    return (lam,)
-
-
-@register_jitable
-def several_lams(lam):  # type: ignore[no-untyped-def]
-    """Return several λ as they are."""
-    return lam
 
 
 # Rows: update the gradients along one axis and add the magnitudes to the total, which is a sum in
@@ -357,32 +303,11 @@ def _merge_both(a, b):  # type: ignore[no-untyped-def]
     return first[0], first[1], second[0], second[1]
 
 
-@register_jitable
-def _merge_blocks(totals, column):  # type: ignore[no-untyped-def]
-    hi, lo = 0.0, 0.0
-    for b in range(totals.shape[0]):
-        hi, lo = merge_pairs(hi, lo, totals[b, column], totals[b, column + 1])
-    return hi, lo
-
-
-@register_jitable
-def _merged(totals):  # type: ignore[no-untyped-def]
-    return _merge_blocks(totals, 0)
-
-
-@register_jitable
-def _merged_both(totals):  # type: ignore[no-untyped-def]
-    first, second = _merge_blocks(totals, 0), _merge_blocks(totals, 2)
-    return first[0], first[1], second[0], second[1]
-
-
 class Summing(NamedTuple):
     """How powers of |x| are summed: what a kernel closes over."""
 
     row: Any
     zero: tuple[float, ...]
-    merge: Any
-    merged: Any
     certified: Any
     magnitude: Any = _absolute
 
@@ -391,11 +316,11 @@ def summing_of(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Summing:
     """Return how ``terms`` are summed; no terms are a pass that only updates."""
     anchored = dtype == FLOAT64
     if len(terms) == 2:
-        row = _sum_anchored_both if anchored else _sum_plain_both
-        return Summing(row, (0.0,) * 4, _merge_both, _merged_both, certified_two)
+        return Summing(
+            _sum_anchored_both if anchored else _sum_plain_both, (0.0,) * 4, certified_two
+        )
     row = (_sum_anchored if anchored else _sum_plain) if terms else update_only
-    magnitude = _square if terms == (2,) else _absolute
-    return Summing(row, (0.0, 0.0), _merge, _merged, certified_one, magnitude)
+    return Summing(row, (0.0, 0.0), certified_one, _square if terms == (2,) else _absolute)
 
 
 @register_jitable
