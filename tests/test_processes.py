@@ -150,6 +150,7 @@ if __name__ == "__main__":
     assert script(code) == "done\n"
 
 
+@pytest.mark.parametrize("layer", ["workqueue"], indirect=True)  # a compiler knows no layer
 def test_a_fork_while_another_thread_compiles(script):
     code = """
 import actreg_dispatch
@@ -319,6 +320,7 @@ print("done")
     assert script(code) == "done\n"
 
 
+@pytest.mark.parametrize("layer", ["workqueue"], indirect=True)
 def test_an_interrupt_waits_for_the_compiler(script):
     code = """
 import signal

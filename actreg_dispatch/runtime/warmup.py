@@ -36,8 +36,7 @@ def warmup(
     backend : str, optional
         The backend, as :class:`ActivityRegularization` takes it.
     strided : bool, default False
-        Whether to do the same for arrays that are not contiguous. The rare contiguous array whose
-        L2 norm takes a second sum runs some of these kernels, too.
+        Whether to do the same for arrays that are not contiguous.
 
     Raises
     ------
@@ -57,4 +56,5 @@ def warmup(
                 for activations, gradients in (plain, spread) if strided else (plain,):
                     reg.apply(activations, gradients)
                     reg.penalty(activations)
-            reg.partial_sum(plain)
+                    # What takes a second, exact sum runs these; so do the pieces of an array.
+                    reg.add_gradient(activations, gradients, reg.partial_sum(activations))
