@@ -54,7 +54,7 @@ def test_the_switch_is_0_or_1(python):
 
 @pytest.fixture(scope="module")
 def full_cache(python, tmp_path_factory):
-    """A cache that a process has filled."""
+    """Return a cache that a process has filled."""
     cache = tmp_path_factory.mktemp("full") / "cache"
     python("-c", CODE, NUMBA_CACHE_DIR=str(cache), ACTREG_CACHE="1")
     return cache

@@ -1,10 +1,11 @@
 """The CPU backend: one fused pass over memory in Numba, serial or parallel.
 
-A call on contiguous arrays is one call of a fused kernel, before anything is checked in Python, so
-that a small array costs little more than the call of compiled code. What a fused kernel does not
-take, having written nothing, is checked and then done in passes. A pass is one call of compiled
-code, during which no interrupt is heard, so the gradients are never left half updated. Where the
-rounding test fails, the sum, and the sum only, is done again in integers.
+A call on contiguous arrays is one call of compiled code, before anything is checked in Python, so
+that a small array costs little more than such a call. What that does not take, having written
+nothing, is checked here, described by a :class:`~actreg_dispatch.backends.numba.addresses.Call`,
+and done by the same functions in another call of compiled code. No interrupt is heard meanwhile, so
+the gradients are never left half updated. Where the rounding test fails, the sum, and the sum only,
+is done again in integers.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A *row* function is the body of every pass: it sums the magnitudes, |x| or x² or both, along one
 axis, plain or anchored (see :mod:`actreg_dispatch.sums.certified`), and updates the gradients on
-the way. Whether the row is a block of a contiguous array, a part of a strided one or of one layer
-of many is up to the kernel that calls it. Sums stay in vector registers.
+the way. Which row of which array it is, is up to the block function that calls it. Sums stay in
+vector registers.
 
 Numba knows no 16-bit floats on the CPU. The kernels get the bits, float16 as uint16 and bfloat16 as
 int16, and the type of the bits says how :func:`_widen` and :func:`_narrow` convert them.
