@@ -63,7 +63,7 @@ _FLOATS_ARE_WEAK = (np.float32(0) + 0.0).dtype == np.float32
 class Dispatcher:
     """The options of one regularization, and what its calls on plain NumPy arrays came down to.
 
-    A plan is a tuple, made at the first call of a kind and replaced as a whole, so threads may
+    A plan is a tuple, made at the first such call and replaced as a whole, so threads may
     race: what the choice of a backend was made by, the dtype, the kernel and a zero of the compute
     dtype. There is one for calls that read and one for calls that write.
     """
@@ -332,7 +332,7 @@ def penalty_exactly(options: Options, activations: Any) -> Any:
 
 
 def _check_total(options: Options, total: Any, dtype: np.dtype[Any] | None = None) -> None:
-    """Refuse what is no sum for this norm, and for activations of the compute dtype if any."""
+    """Refuse what is not a sum of this norm, and of activations of the compute dtype if any."""
     if not isinstance(total, (PartialSum, PairedSum)):
         raise TypeError(
             f"total={total!r} is of type {type(total).__name__}; pass the sum of what "

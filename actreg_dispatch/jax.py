@@ -149,9 +149,9 @@ def _check(reg: Any, activations: Any) -> None:
     """Raise what can be raised before anything is computed or traced."""
     check_regularization(reg)
     if not isinstance(activations, jax.Array):  # which tracers are, too
-        kind = type(activations)
+        cls = type(activations)
         raise TypeError(
-            f"activations must be a JAX array, not a {kind.__module__}.{kind.__qualname__}; "
+            f"activations must be a JAX array, not a {cls.__module__}.{cls.__qualname__}; "
             f"convert it with jax.numpy.asarray, or call a method of the regularization"
         )
     options, dtype = reg.options, _stored_dtype(activations)

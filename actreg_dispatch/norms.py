@@ -150,13 +150,13 @@ class Norm:
         ``coefficients(lam, s)`` and ``guard(s, epsilon)``, on numbers of any library; a norm that
         was given none has no coefficients, and always a gradient.
     evaluate : callable
-        ``evaluate(s, lam, gradient_lam, epsilon, real)`` returns what the sums lead to: penalty and
-        coefficients, rounded by ``real``, and whether there is a gradient.
+        ``evaluate(s, lam, gradient_lam, epsilon, real)`` returns what the norm makes of its sums:
+        penalty and coefficients, rounded by ``real``, and whether there is a gradient.
     rounded_lams : callable
         ``rounded_lams(lam, count, scale, real)``: λ of the penalty, divided by ``count``, and of
         the gradient, multiplied by ``scale``, too, each rounded by ``real`` once.
     lam_fits : callable
-        ``lam_fits(lam, one)``: whether λ, which are values of T as ``one`` is, lead to a finite
+        ``lam_fits(lam, one)``: whether λ, which are values of T as ``one`` is, give a finite
         gradient at a small x, the sums being 1, so that nothing overflows before these are known.
     source : str
         The Python source of these, which tells one definition from another.
@@ -274,11 +274,13 @@ class CudaText(NamedTuple):
 
 MOST_LAMS = 4
 MOST_COEFFICIENTS = 8
-_SMALL = 2.0**-64  # beside λ nothing in any T, and λ times it no subnormal number, which is slow
+_SMALL = (
+    2.0**-64
+)  # nothing compared with λ in any T, and λ times it no subnormal number, which is slow
 
 _SOURCE = '''
 def evaluate(s, lam, gradient_lam, epsilon, real):
-    """Return what the sums of {name} lead to."""
+    """Return what {name} makes of its sums."""
     if {all_zero}:
         return real(0.0), ({zeros}), {one_pass}
     return real({penalty}), ({rounded}), {any_nan} or {guard}

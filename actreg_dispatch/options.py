@@ -90,7 +90,7 @@ def check_number(name: str, value: Any) -> float:
     Raises
     ------
     TypeError
-        If it is no real number, naming the argument ``name``.
+        If it is not a real number, naming the argument ``name``.
     ValueError
         If it is negative, infinite or NaN.
     """
@@ -109,7 +109,7 @@ def check_real(name: str, value: Any, advice: str) -> float:
     Raises
     ------
     TypeError
-        If it is no real number, naming the argument ``name`` and giving ``advice``.
+        If it is not a real number, naming the argument ``name`` and giving ``advice``.
     """
     if type(value) is np.ndarray and value.ndim == 0:
         value = value[()]
@@ -150,7 +150,7 @@ def check_scale(scale: Any) -> float:
     Raises
     ------
     TypeError
-        If it is no real number.
+        If it is not a real number.
     """
     if type(scale) is float:
         return scale
@@ -169,7 +169,7 @@ def constants_of(
     Raises
     ------
     TypeError
-        If ``scale`` is no real number.
+        If ``scale`` is not a real number.
     ValueError
         If λ is too large for the dtype.
     """

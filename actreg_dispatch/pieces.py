@@ -36,7 +36,7 @@ class Piecewise(ABC):
         Returns
         -------
         PartialSum or PairedSum
-            Σ|xᵢ| or Σxᵢ², or both: numbers of unlimited precision, of which λ is no part.
+            Σ|xᵢ| or Σxᵢ², or both: numbers of unlimited precision, without λ.
 
         Examples
         --------
@@ -72,7 +72,7 @@ class Piecewise(ABC):
         Raises
         ------
         TypeError, ValueError
-            If ``total`` is no sum for this norm, ``lam`` is too large for its dtype, or ``count``
+            If ``total`` is not a sum of this norm, ``lam`` is too large for its dtype, or ``count``
             is missing or < 0.
         """
         return dispatch.finish(self.options, total, count)

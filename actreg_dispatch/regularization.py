@@ -244,7 +244,7 @@ class ActivityRegularization(Piecewise):
     def penalty_and_gradient(
         self, activations: Any, out: Any = None, *, scale: float = 1.0
     ) -> tuple[Any, Any]:
-        """Return the penalty of ``activations`` and its gradient, an array of their kind.
+        """Return the penalty of ``activations`` and its gradient, an array of the same library.
 
         For arrays that cannot or should not be written. The gradient is, bit for bit, what
         :meth:`apply` leaves in gradients that were zero.
@@ -420,7 +420,7 @@ def check_regularization(reg: Any) -> None:
     Raises
     ------
     TypeError
-        If it is no :class:`ActivityRegularization`.
+        If it is not an :class:`ActivityRegularization`.
     """
     if not isinstance(reg, ActivityRegularization):
         raise TypeError(

@@ -93,11 +93,11 @@ def check_gradients(
     gradients: Any,
     array_type: str,
     name: str = "gradients",
-    beside: str = "activations",
+    other_name: str = "activations",
 ) -> Any:
     """Return ``gradients`` as a plain array to which the gradient can be added.
 
-    ``array_type`` and ``activations``, named ``beside``, are what :func:`check_activations`
+    ``array_type`` and ``activations``, named ``other_name``, are what :func:`check_activations`
     returned.
 
     Raises
@@ -111,38 +111,38 @@ def check_gradients(
     other = array_type_of(type(gradients))
     if other not in (None, array_type):
         raise MixedArraysError(
-            f"{beside} are a {array_type} but {name} are a {other}; move one of them, "
+            f"{other_name} are a {array_type} but {name} are a {other}; move one of them, "
             f"no data is moved unasked"
         )
     _, gradients = _checked(name, gradients)
     if activations.dtype != gradients.dtype:
         raise TypeError(
-            f"{name} have dtype {gradients.dtype} but {beside} have {activations.dtype}; "
-            f"give both one dtype, for example with {name}.astype({beside}.dtype)"
+            f"{name} have dtype {gradients.dtype} but {other_name} have {activations.dtype}; "
+            f"give both one dtype, for example with {name}.astype({other_name}.dtype)"
         )
     if activations.shape != gradients.shape:
         raise ValueError(
-            f"{name} have shape {gradients.shape} but {beside} have {activations.shape}; "
+            f"{name} have shape {gradients.shape} but {other_name} have {activations.shape}; "
             f"shapes must be equal, nothing is broadcast"
         )
     if array_type == CUPY and activations.device != gradients.device:
         raise ValueError(
-            f"{name} are on {gradients.device} but {beside} on {activations.device}; "
+            f"{name} are on {gradients.device} but {other_name} on {activations.device}; "
             f"move one of them, no data is moved unasked"
         )
     if not getattr(getattr(gradients, "flags", None), "writeable", True):
         raise ValueError(f"{name} are read-only; pass a writable array, such as {name}.copy()")
     if math.prod(gradients.shape) == 0 or array_type not in (NUMPY, CUPY):
         return gradients  # where arrays of other libraries lie is for their backend to know
-    write = _described(gradients)
+    write = _host_alias(gradients)
     if _overlaps_itself(write):
         raise ValueError(
             f"{name} overlap themselves: several elements share one memory cell, as in a "
             f"broadcast view; pass a copy of {name}"
         )
-    if _share_memory(_described(activations), write):
+    if _share_memory(_host_alias(activations), write):
         raise ValueError(
-            f"{name} share memory with {beside}; the update would change its own input: "
+            f"{name} share memory with {other_name}; the update would change its own input: "
             f"pass a copy of one of them"
         )
     return gradients
@@ -160,20 +160,20 @@ def check_apart(arrays: list[tuple[str, Any, bool]]) -> None:
     """
     intervals = []
     for name, array, written in arrays:
-        described = _described(array)
-        start = described.__array_interface__["data"][0]
-        reach = [s * (n - 1) for s, n in zip(described.strides, described.shape, strict=True)]
-        if described.size:
+        alias = _host_alias(array)
+        start = alias.__array_interface__["data"][0]
+        reach = [s * (n - 1) for s, n in zip(alias.strides, alias.shape, strict=True)]
+        if alias.size:
             low = start + sum(min(r, 0) for r in reach)
-            high = start + sum(max(r, 0) for r in reach) + described.itemsize
-            intervals.append((low, high, name, described, written))
+            high = start + sum(max(r, 0) for r in reach) + alias.itemsize
+            intervals.append((low, high, name, alias, written))
     intervals.sort(key=lambda interval: interval[:2])
     open_ones: list[Any] = []  # those that reach beyond where the next one starts
     for interval in intervals:
-        start, _, name, described, written = interval
+        start, _, name, alias, written = interval
         open_ones = [other for other in open_ones if other[1] > start]
         for _, _, other_name, other, other_written in open_ones:
-            if (written or other_written) and _share_memory(described, other):
+            if (written or other_written) and _share_memory(alias, other):
                 raise ValueError(
                     f"{name} and {other_name} share memory; the update would depend on the order "
                     f"of the layers: pass copies"
@@ -191,7 +191,7 @@ class _Interface:
         self.__array_interface__ = description
 
 
-def _described(array: Any) -> np.ndarray[Any, Any]:
+def _host_alias(array: Any) -> np.ndarray[Any, Any]:
     """Return a NumPy array of the same address, shape and strides, never to be read or written.
 
     Overlap is arithmetic on addresses, which NumPy's functions do without touching the memory.

@@ -86,7 +86,7 @@ def _add_files(commands: Any) -> None:
                 "gradients",
                 type=Path,
                 metavar="GRADIENTS",
-                help="another of the same kind, shape and dtype, which is updated",
+                help="another of the same format, shape and dtype, which is updated",
             )
         command.add_argument("--norm", choices=list(NORMS), default="l1", help="(default: l1)")
         command.add_argument(

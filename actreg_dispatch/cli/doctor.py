@@ -59,7 +59,7 @@ def examine(say: Callable[[str], None] = print) -> int:
 
 
 def _examine_choice(say: Callable[[str], None]) -> bool:
-    """Say what the environment variable leads to; return whether it leads anywhere."""
+    """Say which backend the environment variable selects; return whether there is one."""
     value = os.environ.get(ENVIRONMENT_VARIABLE)
     say(f"{ENVIRONMENT_VARIABLE} is {'not set' if value is None else repr(value)}")
     try:

@@ -6,7 +6,7 @@ memory: the penalty of :meth:`ActivityRegularization.penalty`, and in the file o
 on the command line.
 
 **Memory.** Besides what Python and the libraries take, 256 MiB of address space: where a file is
-only read, a window of :data:`WINDOW_BYTES` into the system's page cache, which is no memory of the
+only read, a window of :data:`WINDOW_BYTES` into the system's page cache, which is not memory of the
 process; where gradients are updated, blocks of :data:`BLOCK_BYTES` (64 MiB), one of activations and
 one of gradients, each twice if they are of foreign byte order or not aligned. The backend
 ``"numpy"`` makes temporaries of up to ten blocks more. Of a Zarr array a block is as many chunks as
@@ -18,7 +18,7 @@ sums, as that of ``"l2"`` divides by ‖x‖. One more pass, an exact sum, is ne
 leaves the rounding open, which is rare.
 
 **Interruption.** Until the first gradient is written, the files are untouched. From then on the
-old values of the block under way are kept in a journal beside the gradients,
+old values of the block under way are kept in a journal next to the gradients,
 ``GRADIENTS.actreg-journal``, which takes the room of two blocks and is on disk before the block is
 overwritten. Whatever stops the run (Ctrl-C, ``kill -9``, a full disk, a power failure), the journal
 stays, and :func:`apply` with ``resume=True`` and the same arguments goes on, to the same bits.
@@ -166,8 +166,8 @@ def apply(
     reg, activations, dtype, progress
         As for :func:`penalty`.
     gradients : path
-        A file of the same kind, shape, dtype and order, chunked in any way. A journal lies beside
-        it while it is updated (see the module).
+        A file of the same format, shape, dtype and order, chunked in any way. A journal lies next
+        to it while it is updated (see the module).
     scale : float, default 1.0
         Multiplies λ for the gradient alone.
     resume : bool, default False
@@ -265,9 +265,9 @@ def _check_pair(x: Store, g: Store) -> None:
             f"activations {x.path} and gradients {g.path} are one file; the update would change "
             f"its own input: pass a copy of one of them"
         )
-    if x.kind != g.kind:
+    if x.format != g.format:
         raise FilesError(
-            f"activations {x.path} are a {x.kind} but gradients {g.path} a {g.kind}; "
+            f"activations {x.path} are a {x.format} but gradients {g.path} a {g.format}; "
             f"convert one of them"
         )
     if x.dtype.newbyteorder("=") != g.dtype.newbyteorder("="):

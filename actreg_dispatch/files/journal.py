@@ -1,8 +1,8 @@
 """The journal: what makes an update of a file, block by block, safe against any interruption.
 
-Before a block of gradients is overwritten, its old values are on disk, in a file beside them. So at
-any moment a block is old, new, or can be made old again; whatever was interrupted goes on from the
-block that was under way, and ends with the bits of an uninterrupted run.
+Before a block of gradients is overwritten, its old values are on disk, in a file next to them. So
+at any moment a block is old, new, or can be made old again; whatever was interrupted goes on from
+the block that was under way, and ends with the bits of an uninterrupted run.
 
 The file is one page that says what is applied to what, and two slots, each a page that describes a
 block and the block's old values. A slot counts if its checksums fit. Slots take turns: one that is
@@ -125,7 +125,7 @@ class Journal:
                 path.unlink()
                 file.close()
                 return None
-            about = _described(page)
+            about = _description_on(page)
             if about is None or about.pop("format", None) != _FORMAT:
                 raise FilesError(
                     f"{path} is no complete journal of actreg; if the power failed while one was "
@@ -172,7 +172,7 @@ class Journal:
     def _slot(self, number: int) -> tuple[int, int, int] | None:
         """Return a slot's block, and where and how long its old values are; None if it is torn."""
         place = _PAGE + number * self._stride
-        description = _described(read_fully(self._file, place, _PAGE))
+        description = _description_on(read_fully(self._file, place, _PAGE))
         if description is None:
             return None
         size = description["bytes"]
@@ -255,7 +255,7 @@ def _page(description: dict[str, Any]) -> bytes:
     return page.ljust(_PAGE - 1) + b"\n"
 
 
-def _described(page: Any) -> dict[str, Any] | None:
+def _description_on(page: Any) -> dict[str, Any] | None:
     """Return what :func:`_page` was given, or None if it is torn."""
     try:
         outer = json.loads(bytes(page))

@@ -48,7 +48,7 @@ class FilesError(ValueError):
 class Store(Protocol):
     """An array in a file or folder."""
 
-    kind: str
+    format: str
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]  # as it is stored
@@ -138,7 +138,7 @@ def _native(values: Array) -> Array:
 class NpyFile:
     """An array in a .npy file of format 1, 2 or 3, walked in the order in which it is stored."""
 
-    kind = ".npy file"
+    format = ".npy file"
 
     def __init__(self, name: str, path: str, dtype: str | None, writes: bool) -> None:
         self.path = path
@@ -216,7 +216,7 @@ class NpyFile:
         return self._offset + part.start * itemsize, (part.stop - part.start) * itemsize
 
 
-@lru_cache  # files of one kind share their header, which takes as long to parse as to open
+@lru_cache  # for files of one shape and dtype: a header takes as long to parse as a file to open
 def _parsed(header: bytes) -> tuple[Any, bool, np.dtype[Any], int]:
     """Return shape, Fortran order, dtype and length of a header of a .npy file."""
     stream = io.BytesIO(header)
@@ -236,7 +236,7 @@ def _parsed(header: bytes) -> tuple[Any, bool, np.dtype[Any], int]:
 class ZarrArray:
     """A Zarr array of format 2 or 3 in a folder, walked by groups of chunks, or of shards."""
 
-    kind = "Zarr store"
+    format = "Zarr store"
     order = "C"
     mapped = False
 

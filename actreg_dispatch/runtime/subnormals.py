@@ -47,8 +47,8 @@ def subnormals_kept() -> Iterator[None]:
 
 def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     """Call the function of LLVM that is an instruction of the processor."""
-    kind = ir.FunctionType(result, [argument.type for argument in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+    prototype = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, prototype, name), arguments)
 
 
 @intrinsic

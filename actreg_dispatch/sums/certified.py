@@ -32,8 +32,8 @@ anything: together less than N·2⁻¹⁰³.
   less than 2ᵉ⁻⁷⁵·⁹. As the tile's sum is at least 2ᵉ·(1 − u), that is below 2⁻⁷⁵·⁸ of it. This is
   the error-free extraction of Rump, Ogita and Oishi [4]_. It takes 2⁻⁹⁰⁰ ≤ p < 2¹⁰¹⁴: the anchor
   must not overflow, and the remainder of a square is exact only if the square is ≥ 2⁻⁹⁶⁸ (smaller
-  ones lose less than 2⁻¹⁰⁷⁰ each, nothing beside 2⁻⁹⁰⁰). The sum of a tile whose largest term lies
-  outside is made infinite, unless it is 0.
+  ones lose less than 2⁻¹⁰⁷⁰ each, nothing compared with 2⁻⁹⁰⁰). The sum of a tile whose largest
+  term lies outside is made infinite, unless it is 0.
 
 :data:`PLAIN_BOUND` = 2⁻³⁸ leaves room for the merges of N < 2⁶³ terms; :func:`anchored_bound`
 is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done again in integers.
@@ -189,7 +189,7 @@ def round_if_certain(
     norm: Norm,
     constants: Constants,
 ) -> Outcome | None:
-    """Return what a quick sum of ``size`` terms leads to, or None if that takes the exact one.
+    """Return what the norm makes of a quick sum of ``size`` terms, or None if that is uncertain.
 
     The terms are those of the tiles above, merged in any order; ``dtype`` is T. ``total`` is a
     pair for each sum of the norm.

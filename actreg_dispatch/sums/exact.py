@@ -173,7 +173,7 @@ def total_of(parts: Sequence[PartialSum]) -> Total:
 
 
 def outcome_of(total: Total, norm: Norm, constants: Constants) -> Outcome:
-    """Return what the sums of ``norm`` lead to."""
+    """Return what ``norm`` makes of its sums."""
     sums = [part.rounded() for part in total.parts]
     number: Any = np.float64
     if any(isinstance(s, Fraction) and s and not _SMALLEST <= s < _BEYOND for s in sums):

@@ -54,7 +54,7 @@ def pass_through(
     reg: ActivityRegularization, scale: float, activations: torch.Tensor
 ) -> torch.Tensor:
     """Return the activations; what comes back through them grows by the gradient."""
-    return _Passing.apply(reg, scale, activations) if _recorded(activations) else activations
+    return _AddsOnBackward.apply(reg, scale, activations) if _recorded(activations) else activations
 
 
 def _recorded(*arguments: Any) -> bool:
@@ -192,7 +192,7 @@ class _Gradient(_Regularizing):
         return _sample_by_sample(_Gradient, info, in_dims, *arguments)
 
 
-class _Passing(_Regularizing):
+class _AddsOnBackward(_Regularizing):
     """The activations, whose gradient grows by that of the penalty on its way back."""
 
     generate_vmap_rule = True
@@ -206,13 +206,13 @@ class _Passing(_Regularizing):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         reg, ctx.scale, activations = inputs
-        _Passing.keep(ctx, reg, activations)
+        _AddsOnBackward.keep(ctx, reg, activations)
 
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
         (activations,) = ctx.saved_tensors
         scale = torch.tensor(ctx.scale, dtype=torch.float64)
-        reg = _Passing.kept(ctx)
+        reg = _AddsOnBackward.kept(ctx)
         return None, None, _differentiable(_Gradient, reg, activations, scale, incoming)
 
     @staticmethod

@@ -59,10 +59,11 @@ def check_tensor(name: str, tensor: Any) -> None:
             f"{name} are None, as .grad is before the first backward(); "
             f"pass a tensor, such as torch.zeros_like(activations)"
         )
-    kind = array_type_of(type(tensor))
-    if kind is not None:
+    array_type = array_type_of(type(tensor))
+    if array_type is not None:
         raise MixedArraysError(
-            f"{name} are a {kind}, not a torch.Tensor; pass tensors only, no data is moved unasked"
+            f"{name} are a {array_type}, not a torch.Tensor; pass tensors only, no data is moved "
+            f"unasked"
         )
     raise TypeError(f"{name} must be a torch.Tensor, not a {type(tensor).__qualname__}")
 

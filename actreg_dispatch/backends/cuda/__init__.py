@@ -3,7 +3,7 @@
 A norm of one pass takes two launches. The first sums and updates the gradients: the sums are exact,
 so the bits depend neither on the order of the additions nor on the size of the grid, and there is
 nothing to certify or repeat. The second rounds them and evaluates the penalty. A norm of two passes
-needs what they lead to before the gradient, so its first launch only sums, and a third updates. The
+needs its coefficients before the gradient, so its first launch only sums, and a third updates. The
 layers of a model take as many launches together as one array.
 """
 

@@ -42,7 +42,7 @@ __all__ = [
 
 THREADS = 256  # of a block
 MAX_BLOCKS = 1024
-_ELEMENTS_PER_THREAD = 8  # at least, so that the sums weigh little beside the data
+_ELEMENTS_PER_THREAD = 8  # at least, so that the sums cost little compared with the data
 WORDS, WORD_BITS = 168, 26  # 2 * 2046 + 106 bits of the largest square, and room for carries
 COUNTERS = WORDS + 2  # of infinities and NaN
 
@@ -230,7 +230,7 @@ def _pass_kernel(
 _ADDERS = {1: "add_absolute", 2: "add_square"}
 
 
-# The end: what the sums lead to, as sums/exact.py has it for the host.
+# The end: what a norm makes of its sums, as sums/exact.py has it for the host.
 
 _FINISH = """
 template <typename C> __device__ inline void finish(
