@@ -20,10 +20,10 @@ import numba
 import numpy as np
 
 from actreg_dispatch.backend import Backend
-from actreg_dispatch.backends.numba import kernels
+from actreg_dispatch.backends.numba import drivers, functions
 from actreg_dispatch.backends.numba.addresses import Call, Plan
 from actreg_dispatch.backends.numba.compiling import kernel_of
-from actreg_dispatch.backends.numba.kernels import PARALLEL_FROM
+from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM
 from actreg_dispatch.backends.numba.rows import BLOCK, bits_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
@@ -108,7 +108,7 @@ class NumbaBackend(Backend):
         if gradients.size >= PARALLEL_FROM:
             ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
             if may_use_threads():
-                kernel_of(kernels.clearing)(gradients.reshape(-1).view(np.uint8))
+                kernel_of(drivers.clearing)(gradients.reshape(-1).view(np.uint8))
                 return
         gradients[...] = 0
 
@@ -151,17 +151,17 @@ class NumbaBackend(Backend):
                 if axes not in describe:
                     if not 0 < axes <= _MOST_AXES:
                         return None
-                    describe[axes] = kernel_of(kernels.describing, bits, axes)
+                    describe[axes] = kernel_of(drivers.describing, bits, axes)
                 found = describe[axes](x, g, address, layer)
                 if found < 0:
                     return None
                 size += found
         except TypeError:  # not contiguous, or read-only
             return None
-        if not kernel_of(kernels.apartness)(address, layers):
+        if not kernel_of(drivers.apartness)(address, layers):
             return None
         norm, parallel = options.norm, size >= PARALLEL_FROM and may_use_threads()
-        kernel = kernel_of(kernels.batch_kernel, norm.n_lams, parallel)
+        kernel = kernel_of(drivers.batch_kernel, norm.n_lams, parallel)
         plan = ctypes.addressof(_plan(norm, dtype, True, True))
         lam = options.lam if norm.n_lams > 1 else options.lam[0]
         reduction = _REDUCTIONS[options.reduction]
@@ -199,7 +199,7 @@ def _call(x: Array, g: Array) -> Call:
 def _run(call: Call, function: Any) -> tuple[float, ...]:
     """Run a pass and return its total."""
     if call.size:
-        kernel_of(kernels.pass_kernel, _parallel(call))(function.address, ctypes.addressof(call))
+        kernel_of(drivers.pass_kernel, _parallel(call))(function.address, ctypes.addressof(call))
     return tuple(call.total)
 
 
@@ -213,7 +213,7 @@ def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool
     call.lam[: norm.n_lams] = constants.lam
     call.gradient_lam[: norm.n_lams] = constants.gradient_lam
     call.epsilon = constants.epsilon
-    kernel = kernel_of(kernels.whole_kernel, _parallel(call))
+    kernel = kernel_of(drivers.whole_kernel, _parallel(call))
     plan = _plan(norm, x.dtype, writes, call.dense)
     penalty = kernel(ctypes.addressof(plan), ctypes.addressof(call))
     if penalty < 0.0:
@@ -226,14 +226,14 @@ def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool
 
 def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
     """Return the block function that sums, whatever the norm."""
-    return kernel_of(kernels.block_function, norm.terms, None, dtype, dense)
+    return kernel_of(functions.block_function, norm.terms, None, dtype, dense)
 
 
 def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
     """Return the block function that updates, and sums, if that is all in one pass."""
     # Where memory is the limit, a sum that nothing needs costs nothing.
     terms = () if norm.two_pass else norm.terms
-    return kernel_of(kernels.block_function, terms, norm, dtype, dense)
+    return kernel_of(functions.block_function, terms, norm, dtype, dense)
 
 
 def _plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) -> Plan:
@@ -246,8 +246,8 @@ def _compiled_plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) 
     sums_first = norm.two_pass or not writes
     first = (_summing if sums_first else _updating)(norm, dtype, dense)
     second = _updating(norm, dtype, dense) if norm.two_pass and writes else None
-    prepare = kernel_of(kernels.prepare_function, norm, compute)
-    finish = kernel_of(kernels.finish_function, norm, compute)
+    prepare = kernel_of(functions.prepare_function, norm, compute)
+    finish = kernel_of(functions.finish_function, norm, compute)
     plan = Plan(first.address, second.address if second else 0, prepare.address, finish.address)
     _IN_USE.append((plan, first, second, prepare, finish))
     return plan
@@ -259,7 +259,7 @@ _IN_USE: list[Any] = []
 
 def _fused(norm: Norm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
     """Return the fused kernel, ready for what the caller has: 16-bit floats, forked processes."""
-    door = kernel_of(kernels.door_kernel, bits_of(dtype), norm.n_lams, writes, parallel)
+    door = kernel_of(drivers.door_kernel, bits_of(dtype), norm.n_lams, writes, parallel)
     # A bound method is called as quickly as its function.
     kernel: Any = MethodType(door, float(ctypes.addressof(_plan(norm, dtype, writes, True))))
     if parallel:
@@ -279,7 +279,7 @@ def _exact_sum(x: Array, degree: int) -> PartialSum:
     special = 0.0
     if x.size:
         call = _call(x, x)
-        kernel = kernel_of(kernels.accumulator, degree, x.dtype)
+        kernel = kernel_of(functions.accumulator, degree, x.dtype)
         special = kernel(ctypes.addressof(call), bins)
     return PartialSum(degree, COMPUTE_DTYPES[x.dtype], units_of(bins, degree), special)
 

@@ -1,21 +1,14 @@
-"""The compiled kernels: functions of a norm and a dtype, and drivers that know neither.
-
-Of a norm there are three C functions: a *block* function sums and updates one block of the arrays,
-and is the only one that looks at elements; *prepare* rounds λ, and *finish* tests the rounding of
-the sums and evaluates what they lead to. Drivers, which call these by address, bring them together:
+"""What drives the functions of a norm, which it calls by address: compiled once for all norms.
 
 * the *pass* runs one block function over all blocks, in series or in parallel;
-* the *whole* call prepares, sums, finishes, and updates, if that is still to be done;
+* the *whole* call sums, finishes, and updates, if that is still to be done;
 * the *door* is the whole call for contiguous arrays of one axis, nothing of which has been checked;
 * the *batch* is the whole call for many layers, in one parallel region.
-
-The *accumulator* sums exactly, into the bins of a superaccumulator (Kulisch).
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 from typing import Any
 
 import numba
@@ -24,8 +17,6 @@ from numba import types
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
-    BLOCK_SIGNATURE,
-    CALL_SIGNATURE,
     TOTALS,
     Call,
     address_of,
@@ -36,42 +27,20 @@ from actreg_dispatch.backends.numba.addresses import (
     new_call,
     new_total,
     plan_at,
-    strided_row,
 )
-from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel, source_hash
-from actreg_dispatch.backends.numba.rows import (
-    BLOCK,
-    accumulate,
-    add_gradient,
-    bits_of,
-    load_of,
-    no_gradient,
-    no_update,
-    store_of,
-    summing_of,
-)
-from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64
-from actreg_dispatch.norms import Norm
-from actreg_dispatch.sums.certified import (
-    NEEDS_EXACT_SUM,
-    NOT_HANDLED,
-    PLAIN_BOUND,
-    anchored_bound,
-    merge_pairs,
-)
+from actreg_dispatch.backends.numba.compiling import compile_kernel, source_hash
+from actreg_dispatch.backends.numba.functions import GRADIENT, UNDECIDED
+from actreg_dispatch.backends.numba.rows import BLOCK, store_of
+from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_pairs
 
 __all__ = [
     "PARALLEL_FROM",
-    "accumulator",
     "apartness",
     "batch_kernel",
-    "block_function",
     "clearing",
     "describing",
     "door_kernel",
-    "finish_function",
     "pass_kernel",
-    "prepare_function",
     "whole_kernel",
 ]
 
@@ -83,124 +52,6 @@ PARALLEL_FROM = 30_000
 CALL_BYTES = ctypes.sizeof(Call)
 _PAGES = 1 << 18  # bytes that one thread clears at a time
 _INT, _FLOAT = types.int64, types.float64
-_UNDECIDED, _NO_GRADIENT, _GRADIENT = 0, 1, 2  # what finish returns
-
-
-# Functions of a norm and a dtype.
-
-
-def block_function(
-    terms: tuple[int, ...], norm: Norm | None, dtype: np.dtype[Any], dense: bool
-) -> Any:
-    """Compile what sums ``terms``, if there are any, over one block of a call.
-
-    It adds the gradient of ``norm`` on the way, if there is one. The elements of a row are next to
-    each other in both arrays if they are ``dense``. It is given the call, the number of the block,
-    and where the total goes, and returns 0.
-    """
-    sum_row, zero, _, magnitude = summing_of(terms, dtype)
-    n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
-    load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
-    update = add_gradient if norm else no_update
-    gradient = register_jitable(norm.gradient) if norm else no_gradient
-    real: Any = COMPUTE_DTYPES[dtype].type
-    element = bits_of(dtype).type
-    padding = (0.0,) * (TOTALS - len(zero))
-    key = source_hash(), norm and norm.source, dense
-
-    def block(address, number, there):  # type: ignore[no-untyped-def]
-        _ = key
-        call = call_at(address)
-        lam, c = load_lam(call.gradient_lam, real), load_c(call.coefficients, real)
-        x_step, g_step = call.x_step, call.g_step
-        first = number * call.pieces_per_block
-        total = zero
-        for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
-            x, g, count = _piece(call, piece)
-            if dense:
-                xs = dense_row(element, x, count, x_step)
-                gs = dense_row(element, g, count, g_step)
-            else:
-                xs = strided_row(element, x, count, x_step)
-                gs = strided_row(element, g, count, g_step)
-            total = sum_row(xs, gs, total, magnitude, update, gradient, lam, c)
-        store(dense_row(np.float64, there, TOTALS, 8), total + padding)
-        return 0
-
-    return compile_function(block, BLOCK_SIGNATURE)
-
-
-def prepare_function(norm: Norm, compute: np.dtype[Any]) -> Any:
-    """Compile what divides, scales and rounds λ of a call, and returns whether they fit T."""
-    rounded_lams, lam_fits = register_jitable(norm.rounded_lams), register_jitable(norm.lam_fits)
-    load, store = load_of(norm.n_lams), store_of(norm.n_lams)
-    real: Any = compute.type
-    one = real(1)
-    key = source_hash(), norm.source
-
-    def prepare(address):  # type: ignore[no-untyped-def]
-        _ = key
-        call = call_at(address)
-        lam = load(call.lam, np.float64)
-        lams, gradient_lams = rounded_lams(lam, call.count, call.scale, real)
-        store(call.lam, lams)
-        store(call.gradient_lam, gradient_lams)
-        return int(lam_fits(lams, one))
-
-    return compile_function(prepare, CALL_SIGNATURE)
-
-
-def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
-    """Compile what finds penalty and coefficients of a call that has been summed.
-
-    It returns whether these are certain and whether there is a gradient.
-    """
-    _, zero, certified, _ = summing_of(norm.terms, compute)
-    evaluate, anchored = register_jitable(norm.evaluate), compute == FLOAT64
-    load_lam, load_total = load_of(norm.n_lams), load_of(len(zero))
-    store = store_of(norm.n_coefficients)
-    real: Any = compute.type
-    default = float(np.finfo(real).eps)
-    key = source_hash(), norm.source
-
-    def finish(address):  # type: ignore[no-untyped-def]
-        _ = key
-        call = call_at(address)
-        found, certain = certified(
-            load_total(call.total, np.float64),
-            anchored_bound(call.size) if anchored else PLAIN_BOUND,
-            evaluate,
-            load_lam(call.lam, np.float64),
-            load_lam(call.gradient_lam, np.float64),
-            default if math.isnan(call.epsilon) else call.epsilon,
-            real,
-        )
-        penalty, c, has_gradient = found
-        if not (certain and penalty >= 0.0):
-            return _UNDECIDED
-        call.penalty = penalty
-        store(call.coefficients, c)
-        return _GRADIENT if has_gradient else _NO_GRADIENT
-
-    return compile_function(finish, CALL_SIGNATURE)
-
-
-@register_jitable
-def _piece(call, number):  # type: ignore[no-untyped-def]
-    """Return where a piece lies in both arrays, and its number of elements."""
-    x, g, start = call.activations, call.gradients, number * BLOCK
-    if call.n_axes > 0:
-        row, piece = divmod(number, call.pieces)
-        start = piece * BLOCK
-        axes = dense_row(np.int64, call.axes, 3 * call.n_axes, 8)
-        for axis in range(3 * call.n_axes - 3, -1, -3):
-            row, place = divmod(row, axes[axis])
-            x += place * axes[axis + 1]
-            g += place * axes[axis + 2]
-    return x + start * call.x_step, g + start * call.g_step, min(BLOCK, call.length - start)
-
-
-# Passes.
 
 
 @register_jitable
@@ -242,9 +93,9 @@ def _whole(plan, address, passing):  # type: ignore[no-untyped-def]
     functions, call = plan_at(plan), call_at(address)
     passing(functions.first, address)
     found = call_rules(functions.finish, (address,))
-    if found == _UNDECIDED:
+    if found == UNDECIDED:
         return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
-    if functions.second != 0 and found == _GRADIENT:
+    if functions.second != 0 and found == GRADIENT:
         passing(functions.second, address)
     return call.penalty
 
@@ -437,9 +288,9 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
                 _add_to(call.total, parts[b])
             found = call_rules(functions.finish, (address,))
             penalties[layer] = call.penalty
-            if found == _UNDECIDED:
+            if found == UNDECIDED:
                 penalties[layer] = NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
-            if found == _GRADIENT:
+            if found == GRADIENT:
                 updates = True
             else:  # and so nothing is left to be done
                 call.all_pieces = 0
@@ -466,24 +317,7 @@ def _blocks_in_series(function, calls, layer_of, before):  # type: ignore[no-unt
 _blocks_in_parallel = register_jitable(parallel=True)(_blocks_in_series)
 
 
-# Exact sums, and zeros.
-
-
-def accumulator(degree: int, dtype: np.dtype[Any]) -> Any:
-    """Compile the exact sum over the activations of a call, into bins."""
-    squares, element = degree == 2, bits_of(dtype).type
-    key = source_hash()
-
-    def kernel(address, bins):  # type: ignore[no-untyped-def]
-        _ = key
-        call = call_at(address)
-        special = 0.0
-        for piece in range(call.all_pieces):
-            x, _g, count = _piece(call, piece)
-            special += accumulate(strided_row(element, x, count, call.x_step), bins, squares)
-        return special
-
-    return compile_kernel(kernel, _FLOAT(_INT, types.Array(_INT, 2, "C")))
+# Zeros.
 
 
 def clearing() -> Any:
