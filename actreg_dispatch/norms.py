@@ -96,9 +96,10 @@ class Norm:
         rounded after every operation. λ is that of the gradient, so ``scale`` times that of the
         penalty; ``c`` is what ``coefficients`` returns.
     coefficients : callable, optional
-        ``coefficients(lam, s)``: a tuple of what the gradient needs of the sums, evaluated in
-        binary64, each rounded to T once; monotone in each sum. Without it penalty and gradient
-        take one pass over memory, and the gradient must be 0 at x = 0; with it they take two.
+        ``coefficients(lam, s)``: a tuple of what the gradient needs of the sums, at most 8,
+        evaluated in binary64, each rounded to T once; monotone in each sum. Without it penalty and
+        gradient take one pass over memory, and the gradient must be 0 at x = 0; with it they take
+        two.
     guard : callable, optional
         ``guard(s, epsilon)``: whether there is a gradient, a comparison by ``>`` or ``<``. A norm
         that has one takes the option ``epsilon``, and two passes.

@@ -424,6 +424,11 @@ UNUSABLE = {
         "coefficients returned .* a tuple",
         lambda: norm_with(coefficients=lambda lam, s: s[0]),
     ),
+    "nine coefficients": (
+        ValueError,
+        "coefficients of norm 'made' are 9, at most 8 are kept; compute some",
+        lambda: norm_with(coefficients=lambda lam, s: (s[0],) * 9),
+    ),
     "no comparison": (
         TypeError,
         "guard returned .* a comparison",

@@ -13,6 +13,7 @@ from typing import Any
 import numba
 
 from actreg_dispatch import sums
+from actreg_dispatch.norms import MOST_COEFFICIENTS, MOST_LAMS
 from actreg_dispatch.runtime.threads import interrupts_wait, lock_over_fork
 
 __all__ = ["COMPILING", "KERNELS", "compile_function", "compile_kernel", "kernel_of", "source_hash"]
@@ -81,14 +82,15 @@ def _compiled(compiler: Any, function: Any, signature: Any, **options: Any) -> A
 def source_hash() -> int:
     """Return a number for what else the code of a kernel depends on.
 
-    That is the files of kernels and their pieces, those of :mod:`~actreg_dispatch.sums`, and
-    Numba's environment variables, such as ``NUMBA_BOUNDSCHECK``. Kernels close over the number,
-    which makes it part of the key of Numba's cache; Numba itself notices only that the file of the
-    kernel has changed.
+    That is the files of kernels and their pieces, those of :mod:`~actreg_dispatch.sums`, how many
+    numbers a call has room for, and Numba's environment variables, such as ``NUMBA_BOUNDSCHECK``.
+    Kernels close over the number, which makes it part of the key of Numba's cache; Numba itself
+    notices only that the file of the kernel has changed.
     """
     options = sorted(
         f"{name}={value}"
         for name, value in os.environ.items()
         if name.startswith("NUMBA_") and name not in _NOT_IN_THE_CODE
     )
+    options += [str(MOST_LAMS), str(MOST_COEFFICIENTS)]
     return zlib.crc32("\n".join(options).encode(), _SOURCES)

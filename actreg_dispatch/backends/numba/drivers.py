@@ -49,7 +49,7 @@ __all__ = [
 # at 16,000, 9.1 and 6.6 at 30,000.
 PARALLEL_FROM = 30_000
 
-CALL_BYTES = ctypes.sizeof(Call)
+_CALL_BYTES = ctypes.sizeof(Call)
 _PAGES = 1 << 18  # bytes that one thread clears at a time
 _INT, _FLOAT = types.int64, types.float64
 
@@ -209,7 +209,7 @@ def describing(dtype: np.dtype[Any], axes: int) -> Any:
         start, g_start = address_of(x), address_of(g)
         if x.shape != g.shape or (start | g_start) % x.itemsize != 0:
             return -1
-        call = call_at(calls + layer * CALL_BYTES)
+        call = call_at(calls + layer * _CALL_BYTES)
         _describe(call, start, g_start, x.size, x.itemsize)
         call.samples = x.shape[0]
         return x.size
@@ -232,11 +232,11 @@ def apartness() -> Any:
         _ = key
         starts = np.empty(2 * layers, np.int64)
         for layer in range(layers):
-            call = call_at(calls + layer * CALL_BYTES)
+            call = call_at(calls + layer * _CALL_BYTES)
             starts[2 * layer], starts[2 * layer + 1] = call.activations, call.gradients
         end, written_end = 0, 0
         for k in np.argsort(starts):
-            call, written = call_at(calls + k // 2 * CALL_BYTES), k % 2 == 1
+            call, written = call_at(calls + k // 2 * _CALL_BYTES), k % 2 == 1
             size = call.size * call.x_step
             if size > 0:
                 if starts[k] < (end if written else written_end):
@@ -266,7 +266,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
         before = np.empty(layers + 1, np.int64)  # how many blocks the layers before have
         before[0] = 0
         for layer in range(layers):
-            address = calls + layer * CALL_BYTES
+            address = calls + layer * _CALL_BYTES
             call = call_at(address)
             store(call.lam, as_tuple(lam))
             count = (1, call.size, call.samples)[reduction]
@@ -281,7 +281,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
         parts = run_blocks(functions.first, calls, layer_of, before)
         updates = False
         for layer in range(layers):
-            address = calls + layer * CALL_BYTES
+            address = calls + layer * _CALL_BYTES
             call = call_at(address)
             call.total[:] = 0.0
             for b in range(before[layer], before[layer + 1]):
@@ -309,7 +309,7 @@ def _blocks_in_series(function, calls, layer_of, before):  # type: ignore[no-unt
     parts = np.empty((layer_of.size, TOTALS))
     for b in numba.prange(layer_of.size):
         layer = layer_of[b]
-        address = calls + layer * CALL_BYTES
+        address = calls + layer * _CALL_BYTES
         call_block(function, (address, b - before[layer], address_of(parts[b])))
     return parts
 
