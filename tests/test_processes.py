@@ -14,8 +14,10 @@ import pytest
 LAYERS = ["omp", "workqueue", "tbb"]
 
 PREAMBLE = """
-import hashlib, itertools, os, sys, threading, time
+import hashlib, itertools, os, signal, sys, threading, time
 import numpy as np
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 
 SIZE = 200_003  # for the parallel kernels
 
