@@ -17,7 +17,7 @@ from actreg_dispatch.dispatch import backend_for, checked_constants, penalty_exa
 from actreg_dispatch.dtypes import compute_dtype, round_to
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import L1
-from actreg_dispatch.options import Options
+from actreg_dispatch.options import Constants, Options
 from actreg_dispatch.registry import CUPY, NUMPY, choose, library_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED
 from actreg_dispatch.transfer import on_device_of
@@ -27,6 +27,7 @@ __all__ = ["Penalties", "apply_all"]
 
 
 _SEQUENCES = (list, tuple)
+_SUM = Constants((1.0,), (1.0,), 0.0)  # of penalties, their L1 norm
 
 
 class Penalties(NamedTuple):
@@ -154,7 +155,7 @@ def _checked_batch(
             ]
         if array_type == CUPY:  # on the device; penalties are their own magnitudes
             stacked = sys.modules["cupy"].stack(penalties)
-            return backends[0].penalty(stacked, L1, (1.0,)), penalties
+            return backends[0].penalty(stacked, L1, _SUM), penalties
     widest = max((each.dtype for each in penalties), key=lambda dtype: dtype.itemsize)
     return _sum_of(map(float, penalties), widest), penalties
 

@@ -19,6 +19,7 @@ from numpy.testing import assert_array_equal
 from actreg_dispatch import ActivityRegularization, use_backend
 from actreg_dispatch import norms as norms_module
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt
+from actreg_dispatch.options import Constants
 from actreg_dispatch.sums.extended import Extended
 
 norms = pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.name)
@@ -141,12 +142,12 @@ def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation)
     monkeypatch.setattr(cuda, "launch", launched)
     kernels = kernels_of(norm)._replace(finish=launched)
     monkeypatch.setattr(cuda, "kernels_of", lambda norm: kernels)
-    lam = (0.5,) * norm.n_lams
+    constants = Constants((0.5,) * norm.n_lams, (0.5,) * norm.n_lams, 0.0)
     options = {
-        "apply": (array, norm, lam, lam, 0.0),
-        "penalty": (norm, lam),
+        "apply": (array, norm, constants),
+        "penalty": (norm, constants),
         "partial_sum": (norm,),
-        "add_gradient": (array, norm, lam, (1.0,) * norm.n_coefficients),
+        "add_gradient": (array, norm, constants, (1.0,) * norm.n_coefficients),
     }
     getattr(cuda.BACKEND, operation)(array, *options[operation])
     assert len(seen) == {"apply": 2 + norm.two_pass, "penalty": 2}.get(operation, 1)
