@@ -206,13 +206,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     checkout = str(Path(__file__).parent.parent)
 
     def run(*arguments: str, check: bool = True, timeout: float = 300, **environment: str) -> Any:
-        path = filter(None, [environment.get("PYTHONPATH"), checkout])
+        paths = environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH"), checkout
         done = subprocess.run(
             [sys.executable, *arguments],
             env=os.environ
             | {"PYTHONUTF8": "1"}
             | environment
-            | {"PYTHONPATH": os.pathsep.join(path)},
+            | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
             cwd=elsewhere,
             capture_output=True,
             text=True,
