@@ -192,7 +192,7 @@ def resolve(
     shape: tuple[int, ...],
     scale: float = UNSCALED,
 ) -> tuple[Backend, Constants]:
-    """Return what :func:`apply` would run, and tell it, for a NumPy array like that.
+    """Return the backend and the constants of :func:`apply` for a NumPy array like that.
 
     For adapters that hand pieces of an array to the backend themselves.
 

@@ -275,9 +275,7 @@ class CudaText(NamedTuple):
 
 MOST_LAMS = 4
 MOST_COEFFICIENTS = 8
-_SMALL = (
-    2.0**-64
-)  # nothing compared with λ in any T, and λ times it no subnormal number, which is slow
+_SMALL = 2.0**-64  # x times λ is far from overflow in any T, but not subnormal, which is slow
 
 _SOURCE = '''
 def evaluate(s, lam, gradient_lam, epsilon, real):

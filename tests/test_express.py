@@ -209,16 +209,20 @@ def test_gradients_are_cleared_to_the_last_and_no_further(size, dtype):
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-def test_warming_up_leaves_nothing_to_compile(monkeypatch, norm):
+@pytest.mark.parametrize("strided", [False, True])
+def test_warming_up_leaves_nothing_to_compile(monkeypatch, norm, strided):
     monkeypatch.setattr(compiling, "KERNELS", {})
-    warmup([np.float16, "float32"], norm, strided=True)
+    warmup([np.float16, "float32"], norm, strided=strided)
     monkeypatch.setattr(compiling, "_compiled", None)
     for dtype in (np.float16, np.float32):
         reg = ActivityRegularization(1.0, norm)
         for size in (3, LARGE):
-            for spread in (1, 2):
+            for spread in (1, 2)[: 1 + strided]:
                 x, g = np.ones(spread * size, dtype), np.zeros(spread * size, dtype)
                 reg.apply(x[::spread], g[::spread])
                 reg.penalty(x[::spread])
-        reg.apply(np.array([1, 2.0**-12, 2.0**-24], dtype), np.zeros(3, dtype))  # undecided or not
+        for values in ([1, 2.0**-12, 2.0**-24], [1, 1, 1, 2.0**-13]):  # certain or not
+            reg.apply(np.array(values, dtype), np.zeros(len(values), dtype))
+        shapes = [(3,), (1, 2), (1, 2, 3), (1, 1, 1, 2)]
+        reg.apply_all([np.ones(s, dtype) for s in shapes], [np.zeros(s, dtype) for s in shapes])
         reg.partial_sum(x)

@@ -12,7 +12,7 @@ from actreg_dispatch.regularization import ActivityRegularization
 
 __all__ = ["warmup"]
 
-_SIZES = (2, 1 << 17)  # elements, for the serial and for the parallel kernels
+_SIZES = (4, 1 << 17)  # elements, for the serial and for the parallel kernels
 
 
 def warmup(
@@ -53,8 +53,12 @@ def warmup(
             reg = ActivityRegularization(0.0, norm, backend=backend)
             for size in _SIZES:
                 plain, spread = np.ones((2, size), dtype), np.ones((2, size, 2), dtype)[..., 0]
-                for activations, gradients in (plain, spread) if strided else (plain,):
+                # What takes an exact sum is done as columns are.
+                columns = plain.reshape(2, -1, 2).transpose(0, 2, 1)
+                for activations, gradients in (plain, columns, spread)[: 2 + strided]:
                     reg.apply(activations, gradients)
                     reg.penalty(activations)
-                    # What takes a second, exact sum runs these; so do the pieces of an array.
                     reg.add_gradient(activations, gradients, reg.partial_sum(activations))
+                for axes in ((), (1,), (1, 1), (1, 1, 1)):
+                    activations, gradients = plain.reshape(2, *axes, -1)
+                    reg.apply_all([activations], [gradients])

@@ -28,7 +28,7 @@ from actreg_dispatch.backends.numba.rows import BLOCK, bits_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.options import Constants, Options
+from actreg_dispatch.options import REDUCTIONS, Constants, Options
 from actreg_dispatch.runtime.huge_pages import ask_for_huge_pages
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.sums.certified import NOT_HANDLED
@@ -46,7 +46,6 @@ __all__ = ["BACKEND", "PARALLEL_FROM", "NumbaBackend"]
 Array = np.ndarray[Any, Any]
 
 _MOST_AXES = 4  # of a layer in a batch; a kernel that describes it is compiled for each number
-_REDUCTIONS = {"sum": 0, "mean": 1, "batch": 2}  # as the batch kernel knows them
 
 
 class NumbaBackend(Backend):
@@ -94,10 +93,12 @@ class NumbaBackend(Backend):
         constants: Constants | None = None,
     ) -> tuple[float, ...]:
         """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients."""
-        if gradients is None or constants is None:
+        if gradients is None:
             call = _call(activations, activations)
             total = _run(call, _summing(norm, activations.dtype, call.dense))
         else:
+            assert constants is not None
+            assert not norm.two_pass
             call = _call(activations, gradients)
             call.gradient_lam[: norm.n_lams] = constants.gradient_lam
             total = _run(call, _updating(norm, activations.dtype, call.dense))
@@ -108,7 +109,7 @@ class NumbaBackend(Backend):
         if gradients.size >= PARALLEL_FROM:
             ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
             if may_use_threads():
-                kernel_of(drivers.clearing)(gradients.reshape(-1).view(np.uint8))
+                kernel_of(drivers.clearing_kernel)(gradients.reshape(-1).view(np.uint8))
                 return
         gradients[...] = 0
 
@@ -151,20 +152,20 @@ class NumbaBackend(Backend):
                 if axes not in describe:
                     if not 0 < axes <= _MOST_AXES:
                         return None
-                    describe[axes] = kernel_of(drivers.describing, bits, axes)
+                    describe[axes] = kernel_of(drivers.describing_kernel, bits, axes)
                 found = describe[axes](x, g, address, layer)
                 if found < 0:
                     return None
                 size += found
         except TypeError:  # not contiguous, or read-only
             return None
-        if not kernel_of(drivers.apartness)(address, layers):
+        if not kernel_of(drivers.apartness_kernel)(address, layers):
             return None
         norm, parallel = options.norm, size >= PARALLEL_FROM and may_use_threads()
         kernel = kernel_of(drivers.batch_kernel, norm.n_lams, parallel)
         plan = ctypes.addressof(_plan(norm, dtype, True, True))
         lam = options.lam if norm.n_lams > 1 else options.lam[0]
-        reduction = _REDUCTIONS[options.reduction]
+        reduction = REDUCTIONS.index(options.reduction)
         epsilon = math.nan if options.epsilon is None else options.epsilon
         penalties = np.empty(layers)
         taken = kernel(plan, address, layers, lam, reduction, scale, epsilon, penalties)
@@ -198,8 +199,7 @@ def _call(x: Array, g: Array) -> Call:
 
 def _run(call: Call, function: Any) -> tuple[float, ...]:
     """Run a pass and return its total."""
-    if call.size:
-        kernel_of(drivers.pass_kernel, _parallel(call))(function.address, ctypes.addressof(call))
+    kernel_of(drivers.pass_kernel, _parallel(call))(function.address, ctypes.addressof(call))
     return tuple(call.total)
 
 
@@ -230,8 +230,10 @@ def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
 
 
 def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
-    """Return the block function that updates, and sums, if that is all in one pass."""
-    # Where memory is the limit, a sum that nothing needs costs nothing.
+    """Return the block function that updates, and sums, if that is all in one pass.
+
+    Where only the update is needed, the sum costs nothing once memory is the limit.
+    """
     terms = () if norm.two_pass else norm.terms
     return kernel_of(functions.block_function, terms, norm, dtype, dense)
 
@@ -259,9 +261,9 @@ _IN_USE: list[Any] = []
 
 def _fused(norm: Norm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
     """Return the fused kernel, ready for what the caller has: 16-bit floats, forked processes."""
-    door = kernel_of(drivers.door_kernel, bits_of(dtype), norm.n_lams, writes, parallel)
+    kernel: Any = kernel_of(drivers.fused_kernel, bits_of(dtype), norm.n_lams, writes, parallel)
     # A bound method is called as quickly as its function.
-    kernel: Any = MethodType(door, float(ctypes.addressof(_plan(norm, dtype, writes, True))))
+    kernel = MethodType(kernel, float(ctypes.addressof(_plan(norm, dtype, writes, True))))
     if parallel:
         with_threads = kernel
 
@@ -276,11 +278,8 @@ def _fused(norm: Norm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> An
 
 def _exact_sum(x: Array, degree: int) -> PartialSum:
     bins = np.zeros((2046, limbs_of(degree)), np.int64)
-    special = 0.0
-    if x.size:
-        call = _call(x, x)
-        kernel = kernel_of(functions.accumulator, degree, x.dtype)
-        special = kernel(ctypes.addressof(call), bins)
+    call = _call(x, x)
+    special = kernel_of(functions.accumulator, degree, x.dtype)(ctypes.addressof(call), bins)
     return PartialSum(degree, COMPUTE_DTYPES[x.dtype], units_of(bins, degree), special)
 
 

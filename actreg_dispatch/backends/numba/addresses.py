@@ -1,7 +1,7 @@
 """Memory and functions by their addresses, for compiled code.
 
-Kernels for a norm and a dtype are C functions of one signature, so that what drives them, which
-knows neither norm nor dtype, is compiled once. All that a call is about lies in a :class:`Call`.
+What knows the norm and the dtype are C functions of two signatures, which knows neither, so that
+their drivers know neither and are compiled once. All that a call is about lies in a :class:`Call`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "address_of",
     "call_at",
     "call_block",
-    "call_rules",
+    "call_function",
     "dense_row",
     "new_call",
     "new_total",
@@ -106,7 +106,7 @@ def _function(signature: Any) -> Any:
     return call
 
 
-call_rules, call_block = _function(CALL_SIGNATURE), _function(BLOCK_SIGNATURE)
+call_function, call_block = _function(CALL_SIGNATURE), _function(BLOCK_SIGNATURE)
 
 
 def _structure(structure: type[ctypes.Structure]) -> Any:

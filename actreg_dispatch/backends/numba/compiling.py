@@ -62,7 +62,10 @@ def compile_kernel(kernel: Any, signature: Any, **options: Any) -> Any:
 
 
 def compile_function(function: Any, signature: Any) -> Any:
-    """Compile a C function, which has an ``address``, or load it from Numba's cache on disk."""
+    """Compile a C function, which has an ``address``, or load it from Numba's cache on disk.
+
+    It must not raise: Numba prints what a C function raises, and returns 0.
+    """
     return _compiled(numba.cfunc, function, signature)
 
 

@@ -1,9 +1,13 @@
-"""What drives the functions of a norm, which it calls by address: compiled once for all norms.
+"""What drives the functions of a norm, which it calls by address, and is the same for all norms.
 
-* the *pass* runs one block function over all blocks, in series or in parallel;
-* the *whole* call sums, finishes, and updates, if that is still to be done;
-* the *door* is the whole call for contiguous arrays of one axis, nothing of which has been checked;
-* the *batch* is the whole call for many layers, in one parallel region.
+* The *pass* runs one block function over all blocks, in series or in parallel.
+* The *whole* call sums, finishes, and updates, if that is still to be done.
+* The *fused* kernel is the whole call for contiguous arrays of one axis, of which nothing has been
+  checked: the signature tells their types.
+* The *batch* is the whole call for many layers, in one parallel region; before it, layers are
+  described and compared.
+
+Each is compiled for series and for parallel, and where it is given λ, for each number of them.
 """
 
 from __future__ import annotations
@@ -22,24 +26,24 @@ from actreg_dispatch.backends.numba.addresses import (
     address_of,
     call_at,
     call_block,
-    call_rules,
+    call_function,
     dense_row,
     new_call,
     new_total,
     plan_at,
 )
 from actreg_dispatch.backends.numba.compiling import compile_kernel, source_hash
-from actreg_dispatch.backends.numba.functions import GRADIENT, UNDECIDED
+from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
 from actreg_dispatch.backends.numba.rows import BLOCK, store_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_pairs
 
 __all__ = [
     "PARALLEL_FROM",
-    "apartness",
+    "apartness_kernel",
     "batch_kernel",
-    "clearing",
-    "describing",
-    "door_kernel",
+    "clearing_kernel",
+    "describing_kernel",
+    "fused_kernel",
     "pass_kernel",
     "whole_kernel",
 ]
@@ -83,30 +87,30 @@ def _in_parallel(function, address):  # type: ignore[no-untyped-def]
         _add_to(call.total, parts[b])
 
 
-def _passing(parallel: bool) -> Any:
+def _pass_in(parallel: bool) -> Any:
     return _in_parallel if parallel else _in_series
 
 
 @register_jitable
-def _whole(plan, address, passing):  # type: ignore[no-untyped-def]
+def _whole(plan, address, run_pass):  # type: ignore[no-untyped-def]
     """Return the penalty of a call that is prepared, and leave nothing to do but an exact sum."""
     functions, call = plan_at(plan), call_at(address)
-    passing(functions.first, address)
-    found = call_rules(functions.finish, (address,))
-    if found == UNDECIDED:
+    run_pass(functions.first, address)
+    found = call_function(functions.finish, (address,))
+    if found == UNCERTAIN:
         return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
     if functions.second != 0 and found == GRADIENT:
-        passing(functions.second, address)
+        run_pass(functions.second, address)
     return call.penalty
 
 
 def pass_kernel(parallel: bool) -> Any:
     """Compile the driver of one block function over a call, which leaves the total there."""
-    passing, key = _passing(parallel), source_hash()
+    run_pass, key = _pass_in(parallel), source_hash()
 
     def kernel(function, address):  # type: ignore[no-untyped-def]
         _ = key
-        passing(function, address)
+        run_pass(function, address)
 
     return compile_kernel(kernel, types.void(_INT, _INT), _nrt=parallel)
 
@@ -117,16 +121,16 @@ def whole_kernel(parallel: bool) -> Any:
     It takes the plan and the call, and returns the penalty, or ``NOT_HANDLED`` or
     ``NEEDS_EXACT_SUM``, which are negative, as a penalty is not.
     """
-    passing, key = _passing(parallel), source_hash()
+    run_pass, key = _pass_in(parallel), source_hash()
 
     def kernel(plan, address):  # type: ignore[no-untyped-def]
         _ = key
-        return _whole(plan, address, passing)
+        return _whole(plan, address, run_pass)
 
     return compile_kernel(kernel, _FLOAT(_INT, _INT), _nrt=parallel)
 
 
-def door_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) -> Any:
+def fused_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) -> Any:
     """Compile the driver of a whole call on contiguous arrays of one axis, whose bits are these.
 
     It takes the plan, activations, gradients, λ, what λ is divided by, what it is multiplied by for
@@ -135,7 +139,7 @@ def door_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) 
     dtype, layout or writability are a TypeError. The address of the plan, below 2⁵³ like every
     address, is a float, which Numba takes 20 ns less to read than an int.
     """
-    passing, as_tuple, store = _passing(parallel), _as_tuple(n_lams), store_of(n_lams)
+    run_pass, as_tuple, store = _pass_in(parallel), _as_tuple(n_lams), store_of(n_lams)
     key = source_hash()
 
     def kernel(plan_address, x, g, lam, count, scale, epsilon):  # type: ignore[no-untyped-def]
@@ -151,9 +155,9 @@ def door_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) 
         _describe(call, start, g_start, size, itemsize)
         store(call.lam, as_tuple(lam))
         call.count, call.scale, call.epsilon = count, scale, epsilon
-        if not call_rules(plan_at(plan).prepare, (address,)):
+        if not call_function(plan_at(plan).prepare, (address,)):
             return NOT_HANDLED
-        return _whole(plan, address, passing)
+        return _whole(plan, address, run_pass)
 
     element = numba.from_dtype(bits)
     x = types.Array(element, 1, "C", readonly=True)
@@ -196,7 +200,7 @@ def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
 # Many layers.
 
 
-def describing(dtype: np.dtype[Any], axes: int) -> Any:
+def describing_kernel(dtype: np.dtype[Any], axes: int) -> Any:
     """Compile the function that describes a layer of so many axes as one of many calls.
 
     It returns the number of elements, or -1 where shapes differ or an array is not aligned. Arrays
@@ -220,7 +224,7 @@ def describing(dtype: np.dtype[Any], axes: int) -> Any:
     return compile_kernel(kernel, _INT(x, g, _INT, _INT), _nrt=False)
 
 
-def apartness() -> Any:
+def apartness_kernel() -> Any:
     """Compile the function that says whether no gradients share memory with anything.
 
     In the order of their addresses, nothing may begin before the gradients before it end, and no
@@ -271,7 +275,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
             store(call.lam, as_tuple(lam))
             count = (1, call.size, call.samples)[reduction]
             call.count, call.scale, call.epsilon = max(1, count), scale, epsilon
-            if not call_rules(functions.prepare, (address,)):
+            if not call_function(functions.prepare, (address,)):
                 return False
             before[layer + 1] = before[layer] + call.blocks
         layer_of = np.empty(before[layers], np.int64)
@@ -286,9 +290,9 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
             call.total[:] = 0.0
             for b in range(before[layer], before[layer + 1]):
                 _add_to(call.total, parts[b])
-            found = call_rules(functions.finish, (address,))
+            found = call_function(functions.finish, (address,))
             penalties[layer] = call.penalty
-            if found == UNDECIDED:
+            if found == UNCERTAIN:
                 penalties[layer] = NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
             if found == GRADIENT:
                 updates = True
@@ -320,7 +324,7 @@ _blocks_in_parallel = register_jitable(parallel=True)(_blocks_in_series)
 # Zeros.
 
 
-def clearing() -> Any:
+def clearing_kernel() -> Any:
     """Compile what fills bytes with zeros in parallel."""
     key = source_hash()
 

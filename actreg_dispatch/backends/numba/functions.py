@@ -1,9 +1,9 @@
-"""Functions of a norm and a dtype, compiled: what the drivers call by address.
+"""What knows the norm and the dtype, compiled: C functions that the drivers call by address.
 
 Of a norm there are three: a *block* function sums and updates one block of the arrays, and is the
 only one that looks at elements; *prepare* rounds λ, and *finish* tests the rounding of the sums and
-evaluates what they lead to. The *accumulator* sums exactly, into the bins of a superaccumulator
-(Kulisch).
+evaluates penalty and coefficients. The *accumulator*, which is a kernel of its own, sums exactly,
+into the bins of a superaccumulator (Kulisch).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from actreg_dispatch.sums.certified import PLAIN_BOUND, anchored_bound
 __all__ = [
     "GRADIENT",
     "NO_GRADIENT",
-    "UNDECIDED",
+    "UNCERTAIN",
     "accumulator",
     "block_function",
     "finish_function",
     "prepare_function",
 ]
 
-UNDECIDED, NO_GRADIENT, GRADIENT = 0, 1, 2  # what finish returns
+UNCERTAIN, NO_GRADIENT, GRADIENT = 0, 1, 2  # what finish returns
 
 
 def block_function(
@@ -140,7 +140,7 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
         )
         penalty, c, has_gradient = found
         if not (certain and penalty >= 0.0):
-            return UNDECIDED
+            return UNCERTAIN
         call.penalty = penalty
         store(call.coefficients, c)
         return GRADIENT if has_gradient else NO_GRADIENT

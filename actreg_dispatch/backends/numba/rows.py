@@ -8,8 +8,8 @@ vector registers.
 Numba knows no 16-bit floats on the CPU. The kernels get the bits, float16 as uint16 and bfloat16 as
 int16, and the type of the bits says how :func:`_widen` and :func:`_narrow` convert them.
 
-All of it is plain Python at the top of this module, so that what a kernel closes over can be looked
-up by name, which Numba's cache on disk depends on.
+What a kernel closes over is part of its key in Numba's cache on disk: functions at the top of a
+module by their names, others, such as those that :func:`load_of` makes, by their code.
 """
 
 from __future__ import annotations
