@@ -147,9 +147,14 @@ def traced(role: str, function: Any, *arguments: Any) -> Any:
     try:
         found = function(*arguments)
     except (IndexError, ValueError) as error:  # by index, or taken apart
-        raise TooFewError(f"{role} takes more numbers than there are: {error}") from error
+        raise TooFewError(
+            f"{role} takes more numbers than there are: {error}; there is a sum for each of the "
+            f"terms, a few λ, and what coefficients returns"
+        ) from error
     except Exception as error:
-        raise TypeError(f"{role} cannot be traced: {error}") from error
+        raise TypeError(
+            f"{role} cannot be traced: {error}; use + - * /, signed and sqrt on its arguments"
+        ) from error
     if role == "guard":
         what, fits = "a comparison by > or <", isinstance(found, Condition)
     elif role == "coefficients":
