@@ -105,7 +105,7 @@ class Dispatcher:
         """
         if not (type(activations) is _NDARRAY is type(gradients)):  # which __class__ may belie
             return None
-        x, g = activations, gradients
+        x, g, lam = activations, gradients, self.lam
         context, environment, dtype, kernel, zero = self.updating if writes else self._reading
         planned = (
             x.dtype is dtype is g.dtype
@@ -126,24 +126,25 @@ class Dispatcher:
         penalty = NOT_HANDLED
         if planned:
             try:
-                penalty = kernel(x, g, self.lam, count, scale, self.epsilon)
+                penalty = kernel(x, g, lam, count, scale, self.epsilon)
             except TypeError:  # strided or read-only; it takes some 50 µs to find out, so not twice
                 self._reading = self.updating = NO_PLAN
                 return None
         if penalty >= 0.0:
             return zero + penalty
         if penalty == NOT_HANDLED:
-            penalty, zero = self._planned(x, g, writes, count, scale)
+            penalty, zero = self._planned(x, g, writes, lam, count, scale)
         if penalty >= 0.0:
             return zero.dtype.type(penalty)
-        return None if penalty == NOT_HANDLED else self.exact(activations)
+        return None if penalty == NOT_HANDLED else self.exact(activations, lam)
 
-    def exact(self, activations: Any) -> Any:
-        """Return the penalty by way of the exact sum."""
-        return penalty_exactly(self._options, activations)
+    def exact(self, activations: Any, lam: Any) -> Any:
+        """Return the penalty, with the λ that the gradients were updated with, by exact sums."""
+        lam = lam if type(lam) is tuple else (lam,)
+        return penalty_exactly(self._options._replace(lam=lam), activations)
 
     def _planned(
-        self, x: Any, g: Any, writes: bool, count: float, scale: float
+        self, x: Any, g: Any, writes: bool, lam: Any, count: float, scale: float
     ) -> tuple[float, Any]:
         """Find the kernel that handles such arrays, call it, and keep it as the plan."""
         dtype, compute = x.dtype, compute_dtype(x.dtype)
@@ -156,7 +157,7 @@ class Dispatcher:
         found = known[1]
         penalty, kernels = NOT_HANDLED, found.get((dtype, writes), ())
         for kernel in kernels:
-            penalty = _called(kernel, x, g, self.lam, count, scale, self.epsilon)
+            penalty = _called(kernel, x, g, lam, count, scale, self.epsilon)
             if penalty != NOT_HANDLED:
                 break
         else:
@@ -168,7 +169,7 @@ class Dispatcher:
                 return NOT_HANDLED, None
             choose(NUMPY, dtype, self._options.backend)  # once more, to log it
             found[dtype, writes] = (*kernels, kernel)
-            penalty = _called(kernel, x, g, self.lam, count, scale, self.epsilon)
+            penalty = _called(kernel, x, g, lam, count, scale, self.epsilon)
         zero = compute.type(0)
         if penalty != NOT_HANDLED and _FLOATS_ARE_WEAK:
             plan = *asked, dtype, kernel, zero

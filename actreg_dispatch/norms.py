@@ -116,7 +116,8 @@ class Norm:
     times, here, with symbols; what is evaluated later are the expressions that it returned, in
     which a value that is used twice stands twice.
 
-    Where every sum is 0, the penalty is 0 and nothing, or 0, is added. Where a sum is NaN, there
+    Where every sum is 0, the penalty is 0 and nothing, or 0, is added; what an infinite λ of the
+    gradient makes of x = 0 in one pass is added as it is. Where a sum is NaN, there
     is a gradient, whatever ``guard`` says. Sums beyond binary64's range are evaluated by numbers
     whose exponent does not end.
 

@@ -336,14 +336,15 @@ class ActivityRegularization(Piecewise):
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
         ):
             try:
-                penalty = kernel(activations, gradients, plan.lam, 1.0, 1.0, plan.epsilon)
+                lam = plan.lam  # once: another thread may assign it
+                penalty = kernel(activations, gradients, lam, 1.0, 1.0, plan.epsilon)
             except TypeError:  # strided or read-only; it takes some 50 µs to find out, so not twice
                 plan.updating = dispatch.NO_PLAN
             else:
                 if penalty >= 0.0:
                     return zero + penalty
                 if penalty != NOT_HANDLED:
-                    return plan.exact(activations)
+                    return plan.exact(activations, lam)
         penalty = plan.fused(activations, gradients, True, scale)
         if penalty is not None:
             return penalty

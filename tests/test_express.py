@@ -226,3 +226,21 @@ def test_warming_up_leaves_nothing_to_compile(monkeypatch, norm, strided):
         shapes = [(3,), (1, 2), (1, 2, 3), (1, 1, 1, 2)]
         reg.apply_all([np.ones(s, dtype) for s in shapes], [np.zeros(s, dtype) for s in shapes])
         reg.partial_sum(x)
+
+
+def test_a_lam_that_another_thread_assigns_serves_the_next_call():
+    """Values on a tie, whose penalty takes an exact sum once the gradients are updated."""
+    x, reg = np.array([2.0**53, 1.0]), ActivityRegularization(1.0)
+    reg.apply(x, np.zeros(2))
+    context, environment, dtype, kernel, zero = reg._dispatcher.updating
+
+    def interrupted(*arguments):
+        found = kernel(*arguments)
+        reg.lam = 3.0
+        return found
+
+    reg._dispatcher.updating = context, environment, dtype, interrupted, zero
+    gradients = np.zeros(2)
+    assert reg.apply(x, gradients) == 2.0**53
+    assert (gradients == 1).all()
+    assert reg.penalty(x) == 3 * 2.0**53

@@ -24,7 +24,7 @@ from actreg_dispatch import ActivityNorm, ActivityRegularization, PairedSum, get
 from actreg_dispatch.dtypes import round_to
 from actreg_dispatch.norms import named_norm, sqrt
 from actreg_dispatch.oracle import binary64, exact_result, exact_sum, root_of, rounded
-from actreg_dispatch.sums.certified import PLAIN_BOUND, anchored_bound, certified_one
+from actreg_dispatch.sums.certified import PLAIN_BOUND, anchored_bound, certified_one, certified_two
 from actreg_dispatch.sums.extended import Extended
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -395,6 +395,17 @@ def test_anchored_sums_keep_within_their_bound(norm, layout):
 
 
 # Threads and memory.
+
+
+@pytest.mark.parametrize("corner", [*itertools.product([False, True], repeat=2)])
+def test_every_corner_of_the_brackets_counts(corner):
+    def evaluate(sums, *_):
+        return tuple(each > 1.0 for each in sums) == corner
+
+    one = (1.0, 0.0)
+    assert not certified_two((*one, *one), PLAIN_BOUND, evaluate, (), (), 0.0, float)[1]
+    assert not certified_one(one, PLAIN_BOUND, lambda s, *_: s[0] > 1.0, (), (), 0.0, float)[1]
+
 
 SUMS = """
 import hashlib, json

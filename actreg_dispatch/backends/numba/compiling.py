@@ -56,25 +56,33 @@ def kernel_of(factory: Callable[..., Any], *key: Any) -> Any:
     return kernel
 
 
-def compile_kernel(kernel: Any, signature: Any, **options: Any) -> Any:
-    """Compile ``kernel``, or load it from Numba's cache on disk."""
-    return _compiled(numba.njit, kernel, signature, nogil=True, **options)
+def compile_kernel(kernel: Any, signature: Any, *key: Any, **options: Any) -> Any:
+    """Compile ``kernel``, or load it from Numba's cache on disk.
+
+    ``key`` is what its code depends on besides the signature and :func:`source_hash`.
+    """
+    return _compiled(numba.njit, kernel, signature, key, nogil=True, **options)
 
 
-def compile_function(function: Any, signature: Any) -> Any:
+def compile_function(function: Any, signature: Any, *key: Any) -> Any:
     """Compile a C function, which has an ``address``, or load it from Numba's cache on disk.
 
     It must not raise: Numba prints what a C function raises, and returns 0.
     """
-    return _compiled(numba.cfunc, function, signature)
+    return _compiled(numba.cfunc, function, signature, key)
 
 
-def _compiled(compiler: Any, function: Any, signature: Any, **options: Any) -> Any:
+def _compiled(
+    compiler: Any, function: Any, signature: Any, key: tuple[Any, ...], **options: Any
+) -> Any:
     """Compile or load.
 
     Loading takes 2 to 9 ms where compiling takes 0.1 to 2 s. Numba puts whole files in place, so
     processes may race. Where the cache cannot be read or written, it is done without.
     """
+    # Numba's cache goes by the name of a function, and so do symbols, of which two may have been
+    # compiled by different processes.
+    function.__qualname__ += f".{zlib.crc32(repr(key).encode(), source_hash()):08x}"
     options |= {"error_model": "numpy"}
     if _CACHING:
         with contextlib.suppress(Exception):
@@ -87,8 +95,8 @@ def source_hash() -> int:
 
     That is the files of kernels and their pieces, those of :mod:`~actreg_dispatch.sums`, how many
     numbers a call has room for, and Numba's environment variables, such as ``NUMBA_BOUNDSCHECK``.
-    Kernels close over the number, which makes it part of the key of Numba's cache; Numba itself
-    notices only that the file of the kernel has changed.
+    It is part of the names of functions; Numba itself notices only that the file of the kernel has
+    changed.
     """
     options = sorted(
         f"{name}={value}"

@@ -32,7 +32,7 @@ from actreg_dispatch.backends.numba.addresses import (
     new_total,
     plan_at,
 )
-from actreg_dispatch.backends.numba.compiling import compile_kernel, source_hash
+from actreg_dispatch.backends.numba.compiling import compile_kernel
 from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
 from actreg_dispatch.backends.numba.rows import BLOCK, store_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_pairs
@@ -106,13 +106,12 @@ def _whole(plan, address, run_pass):  # type: ignore[no-untyped-def]
 
 def pass_kernel(parallel: bool) -> Any:
     """Compile the driver of one block function over a call, which leaves the total there."""
-    run_pass, key = _pass_in(parallel), source_hash()
+    run_pass = _pass_in(parallel)
 
     def kernel(function, address):  # type: ignore[no-untyped-def]
-        _ = key
         run_pass(function, address)
 
-    return compile_kernel(kernel, types.void(_INT, _INT), _nrt=parallel)
+    return compile_kernel(kernel, types.void(_INT, _INT), parallel, _nrt=parallel)
 
 
 def whole_kernel(parallel: bool) -> Any:
@@ -121,13 +120,12 @@ def whole_kernel(parallel: bool) -> Any:
     It takes the plan and the call, and returns the penalty, or ``NOT_HANDLED`` or
     ``NEEDS_EXACT_SUM``, which are negative, as a penalty is not.
     """
-    run_pass, key = _pass_in(parallel), source_hash()
+    run_pass = _pass_in(parallel)
 
     def kernel(plan, address):  # type: ignore[no-untyped-def]
-        _ = key
         return _whole(plan, address, run_pass)
 
-    return compile_kernel(kernel, _FLOAT(_INT, _INT), _nrt=parallel)
+    return compile_kernel(kernel, _FLOAT(_INT, _INT), parallel, _nrt=parallel)
 
 
 def fused_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) -> Any:
@@ -140,10 +138,8 @@ def fused_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool)
     address, is a float, which Numba takes 20 ns less to read than an int.
     """
     run_pass, as_tuple, store = _pass_in(parallel), _as_tuple(n_lams), store_of(n_lams)
-    key = source_hash()
 
     def kernel(plan_address, x, g, lam, count, scale, epsilon):  # type: ignore[no-untyped-def]
-        _ = key
         plan, size, itemsize = np.int64(plan_address), x.size, x.itemsize
         start, g_start = address_of(x), address_of(g)
         apart = abs(start - g_start) >= size * itemsize or not writes
@@ -164,7 +160,7 @@ def fused_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool)
     g = types.Array(element, 1, "C", readonly=not writes)
     # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
     signature = _FLOAT(_FLOAT, x, g, _lam_type(n_lams), _FLOAT, _FLOAT, _FLOAT)
-    return compile_kernel(kernel, signature, _nrt=parallel)
+    return compile_kernel(kernel, signature, bits, n_lams, writes, parallel, _nrt=parallel)
 
 
 def _lam_type(n_lams: int) -> Any:
@@ -206,10 +202,8 @@ def describing_kernel(dtype: np.dtype[Any], axes: int) -> Any:
     It returns the number of elements, or -1 where shapes differ or an array is not aligned. Arrays
     of another dtype or layout, and read-only gradients, are a TypeError.
     """
-    key = source_hash()
 
     def kernel(x, g, calls, layer):  # type: ignore[no-untyped-def]
-        _ = key
         start, g_start = address_of(x), address_of(g)
         if x.shape != g.shape or (start | g_start) % x.itemsize != 0:
             return -1
@@ -221,7 +215,7 @@ def describing_kernel(dtype: np.dtype[Any], axes: int) -> Any:
     element = numba.from_dtype(dtype)
     x = types.Array(element, axes, "C", readonly=True)
     g = types.Array(element, axes, "C")
-    return compile_kernel(kernel, _INT(x, g, _INT, _INT), _nrt=False)
+    return compile_kernel(kernel, _INT(x, g, _INT, _INT), dtype, axes, _nrt=False)
 
 
 def apartness_kernel() -> Any:
@@ -230,10 +224,8 @@ def apartness_kernel() -> Any:
     In the order of their addresses, nothing may begin before the gradients before it end, and no
     gradients before anything before them ends.
     """
-    key = source_hash()
 
     def kernel(calls, layers):  # type: ignore[no-untyped-def]
-        _ = key
         starts = np.empty(2 * layers, np.int64)
         for layer in range(layers):
             call = call_at(calls + layer * _CALL_BYTES)
@@ -262,10 +254,8 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
     """
     as_tuple, store = _as_tuple(n_lams), store_of(n_lams)
     run_blocks = _blocks_in_parallel if parallel else _blocks_in_series
-    key = source_hash()
 
     def kernel(plan, calls, layers, lam, reduction, scale, epsilon, penalties):  # type: ignore[no-untyped-def]
-        _ = key
         functions = plan_at(plan)
         before = np.empty(layers + 1, np.int64)  # how many blocks the layers before have
         before[0] = 0
@@ -304,7 +294,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
 
     penalties = types.Array(_FLOAT, 1, "C")
     signature = types.boolean(_INT, _INT, _INT, _lam_type(n_lams), _INT, _FLOAT, _FLOAT, penalties)
-    return compile_kernel(kernel, signature)
+    return compile_kernel(kernel, signature, n_lams, parallel)
 
 
 @register_jitable
@@ -326,10 +316,8 @@ _blocks_in_parallel = register_jitable(parallel=True)(_blocks_in_series)
 
 def clearing_kernel() -> Any:
     """Compile what fills bytes with zeros in parallel."""
-    key = source_hash()
 
     def kernel(g):  # type: ignore[no-untyped-def]
-        _ = key
         for b in numba.prange(-(-g.size // _PAGES)):
             g[b * _PAGES : (b + 1) * _PAGES] = 0
 

@@ -23,7 +23,7 @@ from actreg_dispatch.backends.numba.addresses import (
     dense_row,
     strided_row,
 )
-from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel, source_hash
+from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
 from actreg_dispatch.backends.numba.rows import (
     BLOCK,
     accumulate,
@@ -69,10 +69,8 @@ def block_function(
     real: Any = COMPUTE_DTYPES[dtype].type
     element = bits_of(dtype).type
     padding = (0.0,) * (TOTALS - len(zero))
-    key = source_hash(), norm and norm.source, dense
 
     def block(address, number, there):  # type: ignore[no-untyped-def]
-        _ = key
         call = call_at(address)
         lam, c = load_lam(call.gradient_lam, real), load_c(call.coefficients, real)
         x_step, g_step = call.x_step, call.g_step
@@ -90,7 +88,7 @@ def block_function(
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
         return 0
 
-    return compile_function(block, BLOCK_SIGNATURE)
+    return compile_function(block, BLOCK_SIGNATURE, terms, norm and norm.source, dtype, dense)
 
 
 def prepare_function(norm: Norm, compute: np.dtype[Any]) -> Any:
@@ -99,10 +97,8 @@ def prepare_function(norm: Norm, compute: np.dtype[Any]) -> Any:
     load, store = load_of(norm.n_lams), store_of(norm.n_lams)
     real: Any = compute.type
     one = real(1)
-    key = source_hash(), norm.source
 
     def prepare(address):  # type: ignore[no-untyped-def]
-        _ = key
         call = call_at(address)
         lam = load(call.lam, np.float64)
         lams, gradient_lams = rounded_lams(lam, call.count, call.scale, real)
@@ -110,7 +106,7 @@ def prepare_function(norm: Norm, compute: np.dtype[Any]) -> Any:
         store(call.gradient_lam, gradient_lams)
         return int(lam_fits(lams, one))
 
-    return compile_function(prepare, CALL_SIGNATURE)
+    return compile_function(prepare, CALL_SIGNATURE, norm.source, compute)
 
 
 def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
@@ -124,10 +120,8 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
     store = store_of(norm.n_coefficients)
     real: Any = compute.type
     default = float(np.finfo(real).eps)
-    key = source_hash(), norm.source
 
     def finish(address):  # type: ignore[no-untyped-def]
-        _ = key
         call = call_at(address)
         found, certain = certified(
             load_total(call.total, np.float64),
@@ -145,7 +139,7 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
         store(call.coefficients, c)
         return GRADIENT if has_gradient else NO_GRADIENT
 
-    return compile_function(finish, CALL_SIGNATURE)
+    return compile_function(finish, CALL_SIGNATURE, norm.source, compute)
 
 
 @register_jitable
@@ -166,10 +160,8 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
 def accumulator(degree: int, dtype: np.dtype[Any]) -> Any:
     """Compile the exact sum over the activations of a call, into bins."""
     squares, element = degree == 2, bits_of(dtype).type
-    key = source_hash()
 
     def kernel(address, bins):  # type: ignore[no-untyped-def]
-        _ = key
         call = call_at(address)
         special = 0.0
         for piece in range(call.all_pieces):
@@ -177,4 +169,5 @@ def accumulator(degree: int, dtype: np.dtype[Any]) -> Any:
             special += accumulate(strided_row(element, x, count, call.x_step), bins, squares)
         return special
 
-    return compile_kernel(kernel, types.float64(types.int64, types.Array(types.int64, 2, "C")))
+    signature = types.float64(types.int64, types.Array(types.int64, 2, "C"))
+    return compile_kernel(kernel, signature, degree, dtype)
