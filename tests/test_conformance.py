@@ -96,6 +96,15 @@ def test_the_scale_multiplies_the_gradient_alone(arrays, norm, dtype, scale, siz
     assert_exact(arrays, values.astype(dtype), norm, scale=scale)
 
 
+def test_the_sign_of_a_scale_of_zero_counts(backend):
+    reg = backend.regularization(0.5, "l1")
+    for step in (1, 2):  # contiguous or not
+        for scale in (0.0, -0.0, 0.0):
+            x, g = np.ones(6)[::step], np.full(6, -0.0)[::step]
+            _, updated = backend.updated(reg, x, g, scale=scale)
+            assert (np.signbit(updated) == np.signbit(scale)).all()
+
+
 @norms
 @pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
 def test_a_scale_that_is_not_finite_propagates(arrays, norm, scale):
