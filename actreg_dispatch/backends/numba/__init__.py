@@ -80,8 +80,7 @@ class NumbaBackend(Backend):
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
-        call = _call(activations, gradients)
-        call.gradient_lam[: norm.n_lams] = constants.gradient_lam
+        call = _call(activations, gradients, norm, constants)
         call.coefficients[: norm.n_coefficients] = coefficients
         _run(call, _updating(norm, activations.dtype, call.dense))
 
@@ -94,15 +93,12 @@ class NumbaBackend(Backend):
     ) -> tuple[float, ...]:
         """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients."""
         if gradients is None:
-            call = _call(activations, activations)
-            total = _run(call, _summing(norm, activations.dtype, call.dense))
+            call, block = _call(activations, activations), _summing
         else:
             assert constants is not None
             assert not norm.two_pass
-            call = _call(activations, gradients)
-            call.gradient_lam[: norm.n_lams] = constants.gradient_lam
-            total = _run(call, _updating(norm, activations.dtype, call.dense))
-        return total[: 2 * len(norm.terms)]
+            call, block = _call(activations, gradients, norm, constants), _updating
+        return _run(call, block(norm, activations.dtype, call.dense))[: 2 * len(norm.terms)]
 
     def clear(self, gradients: Array) -> None:
         """Fill contiguous gradients with zeros, large ones by all threads; best if they are new."""
@@ -172,11 +168,18 @@ class NumbaBackend(Backend):
         return penalties if taken else None
 
 
-def _call(x: Array, g: Array) -> Call:
-    """Return a call on arrays of any strides, which have been checked."""
-    size = x.size
-    if not size:
-        return Call()  # of no blocks
+def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | None = None) -> Call:
+    """Return a call on arrays of any strides, which have been checked, and what it is told."""
+    call = _rows_of(x, g) if x.size else Call()  # of no blocks
+    if norm is not None and constants is not None:
+        call.lam[: norm.n_lams] = constants.lam
+        call.gradient_lam[: norm.n_lams] = constants.gradient_lam
+        call.epsilon = constants.epsilon
+    return call
+
+
+def _rows_of(x: Array, g: Array) -> Call:
+    """Return a call on the rows that both arrays are made of, in the order of memory."""
     if not (x.flags.c_contiguous and g.flags.c_contiguous):
         x, g = collapse(x, g)
         *lengths, length = x.shape
@@ -184,12 +187,12 @@ def _call(x: Array, g: Array) -> Call:
         *g_steps, g_step = g.strides
     else:
         lengths, x_steps, g_steps = [], [], []
-        length, x_step, g_step = size, x.itemsize, x.itemsize
+        length, x_step, g_step = x.size, x.itemsize, x.itemsize
     pieces = -(-length // BLOCK)
     all_pieces, per_block = math.prod(lengths) * pieces, max(1, BLOCK // length)
     axes = np.array([*zip(lengths, x_steps, g_steps, strict=True)], np.int64) if lengths else None
     call = Call(
-        *(x.ctypes.data, g.ctypes.data, size, 0),
+        *(x.ctypes.data, g.ctypes.data, x.size, 0),
         *(length, x_step, g_step, len(lengths), 0 if axes is None else axes.ctypes.data),
         *(pieces, all_pieces, per_block, -(-all_pieces // per_block)),
     )
@@ -209,10 +212,7 @@ def _parallel(call: Call) -> bool:
 
 def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool) -> Any:
     """Do a whole call, once more in integers if its sum takes them, and return the penalty."""
-    call = _call(x, g)
-    call.lam[: norm.n_lams] = constants.lam
-    call.gradient_lam[: norm.n_lams] = constants.gradient_lam
-    call.epsilon = constants.epsilon
+    call = _call(x, g, norm, constants)
     kernel = kernel_of(drivers.whole_kernel, _parallel(call))
     plan = _plan(norm, x.dtype, writes, call.dense)
     penalty = kernel(ctypes.addressof(plan), ctypes.addressof(call))

@@ -1,7 +1,7 @@
 """Memory and functions by their addresses, for compiled code.
 
-What knows the norm and the dtype are C functions of two signatures, which knows neither, so that
-their drivers know neither and are compiled once. All that a call is about lies in a :class:`Call`.
+The functions that know the norm and the dtype are C functions. Their signatures name neither, so
+what drives them is the same for all. What a call is about lies in a :class:`Call`.
 """
 
 from __future__ import annotations
