@@ -1,4 +1,4 @@
-"""Showing results: a table on the terminal, JSON, a picture, and the table of the README."""
+"""Showing results: a table on the terminal, JSON, a picture, a table in Markdown."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _setting(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Return the tables of the README, in Markdown, with what their figures depend on."""
+    """Return the tables of docs/performance.md, with what their figures depend on."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     layer = f" ({machine['threading_layer']})" if machine["threads"] else ""

@@ -75,9 +75,10 @@ def test_the_readme_gets_the_table_and_keeps_the_rest(results, capsys, monkeypat
     assert "penalty l2, bfloat16, 4,000" in capsys.readouterr().out
 
 
-def test_the_readme_of_the_project_shows_the_results_that_are_kept():
+def test_the_page_of_the_project_shows_the_results_that_are_kept():
     results = report.load(ROOT / "benchmarks" / "results.json")
-    (begin, end), text = report.MARKS["cpu"], (ROOT / "README.md").read_text(encoding="utf-8")
+    page = ROOT / "docs" / "performance.md"
+    (begin, end), text = report.MARKS["cpu"], page.read_text(encoding="utf-8")
     assert f"{begin}\n{report.summary(results)}\n{end}\n" in text
 
 
