@@ -249,3 +249,20 @@ def test_a_lam_that_another_thread_assigns_serves_the_next_call(monkeypatch):
         assert reg.apply(x, gradients) == 2.0**53
         assert (gradients == 1).all()
     assert reg.penalty(x) == 3 * 2.0**53
+
+
+def test_threads_are_used_by_parallel_kernels_and_by_no_others(python):
+    code = """
+import numpy as np
+from actreg_dispatch.backends.numba import drivers
+for parallel in (False, True):
+    kernels = [drivers.pass_kernel(parallel), drivers.whole_kernel(parallel)]
+    kernels += [drivers.batch_kernel(n_lams, parallel) for n_lams in (1, 2)]
+    kernels += [
+        drivers.fused_kernel(np.dtype(np.float32), 1, writes, parallel) for writes in (False, True)
+    ]
+    for kernel in kernels:
+        (code,) = kernel.inspect_llvm().values()
+        assert ("parallel_for" in code) == parallel, (kernel, parallel)
+"""
+    python("-c", code, ACTREG_CACHE="0")
