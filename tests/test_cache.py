@@ -30,14 +30,16 @@ for kernel in compiling.KERNELS.values():
 print(json.dumps([penalty, hits, compiling.__file__]))
 """
 CALL = CODE.replace("FOUND", "reg.penalty(x)")  # a driver and three C functions
+LAYERS = CODE.replace("FOUND", "reg.apply_all([x], [np.zeros_like(x)]).total")  # two drivers more
 CODE = CODE.replace("FOUND", "reg.finish(reg.partial_sum(x))")  # one kernel, soon compiled
 
 
-def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path):
+@pytest.mark.parametrize(("code", "kernels"), [(CALL, 4), (LAYERS, 6)], ids=["call", "layers"])
+def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path, code, kernels):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
-    first, second = (json.loads(python("-c", CALL, **cache).stdout)[:2] for _ in range(2))
-    assert first == [5.0, [0] * 4]
-    assert second == [5.0, [1] * 4]
+    first, second = (json.loads(python("-c", code, **cache).stdout)[:2] for _ in range(2))
+    assert first == [5.0, [0] * kernels]
+    assert second == [5.0, [1] * kernels]
 
 
 def test_the_cache_can_be_switched_off(python, tmp_path):

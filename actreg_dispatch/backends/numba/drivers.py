@@ -253,7 +253,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
     returns whether it took the layers; if not, nothing was written.
     """
     as_tuple, store = _as_tuple(n_lams), store_of(n_lams)
-    run_blocks = _layers_in(parallel)
+    run_blocks = _layers_in_parallel if parallel else _layers_in_series
 
     def kernel(plan, calls, layers, lam, reduction, scale, epsilon, penalties):  # type: ignore[no-untyped-def]
         functions = plan_at(plan)
@@ -297,18 +297,28 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
     return compile_kernel(kernel, signature, n_lams, parallel)
 
 
-def _layers_in(parallel: bool) -> Any:
-    """Return what runs a block function over all blocks of all layers, and returns their totals."""
+@register_jitable
+def _block_of_layers(function, calls, layer_of, before, parts, b):  # type: ignore[no-untyped-def]
+    layer = layer_of[b]
+    number = b - before[layer]
+    call_block(function, (calls + layer * _CALL_BYTES, number, address_of(parts[b])))
 
-    def kernel(function, calls, layer_of, before):  # type: ignore[no-untyped-def]
-        parts = np.empty((layer_of.size, TOTALS))
-        for b in numba.prange(layer_of.size):
-            layer = layer_of[b]
-            address = calls + layer * _CALL_BYTES
-            call_block(function, (address, b - before[layer], address_of(parts[b])))
-        return parts
 
-    return register_jitable(parallel=parallel)(kernel)
+@register_jitable
+def _layers_in_series(function, calls, layer_of, before):  # type: ignore[no-untyped-def]
+    """Run a block function over all blocks of all layers, and return their totals."""
+    parts = np.empty((layer_of.size, TOTALS))
+    for b in range(layer_of.size):
+        _block_of_layers(function, calls, layer_of, before, parts, b)
+    return parts
+
+
+@register_jitable(parallel=True)
+def _layers_in_parallel(function, calls, layer_of, before):  # type: ignore[no-untyped-def]
+    parts = np.empty((layer_of.size, TOTALS))
+    for b in numba.prange(layer_of.size):
+        _block_of_layers(function, calls, layer_of, before, parts, b)
+    return parts
 
 
 # Zeros.
