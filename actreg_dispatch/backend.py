@@ -72,17 +72,18 @@ class Backend(ABC):
         gradients[...] = 0
 
     def fused_kernel(
-        self, norm: Norm, dtype: np.dtype[Any], size: int, *, writes: bool
+        self, norm: Norm, reduction: str, activations: np.ndarray[Any, Any], *, writes: bool
     ) -> Callable[..., float] | None:
-        """Return a function that does a whole call on contiguous NumPy arrays, or None.
+        """Return a function that does a whole call on contiguous arrays like that, or None.
 
-        It is given unchecked arrays of one axis and ``dtype``, about ``size`` elements long:
-        ``(activations, gradients, lam, count, scale, epsilon)``. λ, a plain float where the norm
-        takes one, is still to be divided by ``count``, multiplied by ``scale`` for the gradient,
+        It is given unchecked NumPy arrays of the dtype, the number of axes (at least one) and about
+        the size of ``activations``: ``(activations, gradients, lam, scale, epsilon)``, or, where
+        ``writes`` is false, ``(activations, lam, epsilon)``. λ, a plain float where the norm takes
+        one, is still to be divided as ``reduction`` says, multiplied by ``scale`` for the gradient,
         and rounded to T; epsilon is NaN for the default. It returns the
         penalty, or :data:`~actreg_dispatch.sums.certified.NOT_HANDLED`, or
         :data:`~actreg_dispatch.sums.certified.NEEDS_EXACT_SUM`; arrays of another type are a
-        TypeError. Where ``writes`` is false the gradients are the activations again, to be left.
+        TypeError.
         """
         return None
 

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 _NDARRAY = np.ndarray
-NO_PLAN: tuple[Any, ...] = (None,) * 5
+NO_PLAN: tuple[Any, ...] = (None,) * 6
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -63,25 +63,19 @@ _FLOATS_ARE_WEAK = (np.float32(0) + 0.0).dtype == np.float32
 class Dispatcher:
     """The options of one regularization, and what its calls on plain NumPy arrays came down to.
 
-    A plan is a tuple, made at the first such call and replaced as a whole, so threads may
-    race: what the choice of a backend was made by, the dtype, the kernel and a zero of the compute
-    dtype. There is one for calls that read and one for calls that write.
+    Contiguous arrays go to one compiled kernel, which does at once what is done step by step below,
+    checks included. Whatever it does not handle it leaves alone, to be computed, or complained
+    about, the general way. Which kernel that is, a plan says: a tuple, made at the first such call
+    and replaced as a whole, so threads may race, of what the choice of a backend was made by, the
+    dtype, the number of axes, the kernel and a zero of the compute dtype. There is one for calls
+    that read and one for calls that write.
     """
 
-    __slots__ = (
-        "_batch",
-        "_kernels",
-        "_options",
-        "_reading",
-        "divides",
-        "epsilon",
-        "lam",
-        "updating",
-    )
+    __slots__ = "_kernels", "_options", "epsilon", "lam", "reading", "writing"
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self._reading = self.updating = NO_PLAN
+        self.reading = self.writing = NO_PLAN
         self._kernels: tuple[Any, dict[Any, Any]] = None, {}
 
     @property
@@ -91,96 +85,95 @@ class Dispatcher:
 
     @options.setter
     def options(self, options: Options) -> None:
-        lam, _, epsilon, reduction, _ = self._options = options
-        self.divides, self._batch = reduction != "sum", reduction == "batch"
+        lam, _, epsilon, _, _ = self._options = options
         self.lam: Any = lam if len(lam) > 1 else lam[0]
         self.epsilon = math.nan if epsilon is None else epsilon
 
-    def fused(self, activations: Any, gradients: Any, writes: bool, scale: Any = UNSCALED) -> Any:
-        """Do a whole call by one compiled kernel if the arrays are plain enough, or return None.
-
-        Such a kernel takes contiguous arrays and does at once what is done step by step below,
-        checks included. Whatever it does not handle it leaves alone, to be computed, or complained
-        about, the general way. Without ``writes`` the gradients are the activations again.
-        """
-        if not (type(activations) is _NDARRAY is type(gradients)):  # which __class__ may belie
+    def penalty(self, activations: Any) -> Any:
+        """Return the penalty of contiguous arrays, or None."""
+        if type(activations) is not _NDARRAY:  # which __class__ may belie
             return None
-        x, g, lam = activations, gradients, self.lam
-        context, environment, dtype, kernel, zero = self.updating if writes else self._reading
-        planned = (
-            x.dtype is dtype is g.dtype
+        context, environment, dtype, axes, kernel, zero = self.reading
+        if (
+            activations.dtype is dtype
+            and activations.ndim == axes
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
-        )
-        if x.ndim != 1 or not planned:
-            if not (x.shape == g.shape and x.flags.c_contiguous and g.flags.c_contiguous):
-                return None
-            x, g = x.ravel(), g.ravel()
-        count = 1.0
-        if self.divides:
-            if not activations.ndim:
-                return None
-            count = (len(activations) if self._batch else x.size) * 1.0 or 1.0
-        if scale is not UNSCALED and type(scale) is not float:
-            scale = check_scale(scale)
-        penalty = NOT_HANDLED
-        if planned:
+        ):
+            lam = self.lam  # once: another thread may assign it
             try:
-                penalty = kernel(x, g, lam, count, scale, self.epsilon)
-            except TypeError:  # strided or read-only; it takes some 50 µs to find out, so not twice
-                self._reading = self.updating = NO_PLAN
+                penalty = kernel(activations, lam, self.epsilon)
+            except TypeError:  # strided; it takes some 50 µs to find out, so not twice
+                self.reading = NO_PLAN
                 return None
-        if penalty >= 0.0:
-            return zero + penalty
-        if penalty == NOT_HANDLED:
-            penalty, zero = self._planned(x, g, writes, lam, count, scale)
-        if penalty >= 0.0:
-            return zero.dtype.type(penalty)
-        return None if penalty == NOT_HANDLED else self.exact(activations, lam)
+            if penalty >= 0.0:
+                return zero + penalty
+            if penalty != NOT_HANDLED:
+                return self.exact(activations, lam)
+        return self._planned(False, (activations,), ())
+
+    def apply(self, activations: Any, gradients: Any, scale: Any = UNSCALED) -> Any:
+        """Do a whole call on contiguous arrays, whether there is a plan or not, or return None."""
+        if not (type(activations) is _NDARRAY is type(gradients)):
+            return None
+        if activations.shape != gradients.shape:
+            return None
+        return self._planned(True, (activations, gradients), (check_scale(scale),))
 
     def exact(self, activations: Any, lam: Any) -> Any:
         """Return the penalty, with the λ that the gradients were updated with, by exact sums."""
         lam = lam if type(lam) is tuple else (lam,)
         return penalty_exactly(self._options._replace(lam=lam), activations)
 
-    def _planned(
-        self, x: Any, g: Any, writes: bool, lam: Any, count: float, scale: float
-    ) -> tuple[float, Any]:
+    def _planned(self, writes: bool, arrays: tuple[Any, ...], scale: tuple[float, ...]) -> Any:
         """Find the kernel that handles such arrays, call it, and keep it as the plan."""
-        dtype, compute = x.dtype, compute_dtype(x.dtype)
-        if compute is None or g.dtype != dtype:  # Numba would not always tell a foreign byte order
-            return NOT_HANDLED, None
+        activations, lam, options = arrays[0], self.lam, self._options
+        dtype, compute = activations.dtype, compute_dtype(activations.dtype)
+        # Numba would not always tell a foreign byte order.
+        if compute is None or any(array.dtype != dtype for array in arrays):
+            return None
+        if not all(array.flags.c_contiguous for array in arrays):
+            return None
+        if not activations.ndim:
+            if options.reduction == "batch":
+                return None
+            arrays = tuple([array.reshape(1) for array in arrays])
+        axes = arrays[0].ndim
+
         asked = asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)
         known = self._kernels  # replaced as a whole, so threads may race
         if known[0] != asked:
             known = self._kernels = asked, {}
-        found = known[1]
-        penalty, kernels = NOT_HANDLED, found.get((dtype, writes), ())
+        found, call = known[1], (dtype, axes, writes)
+        kernels = found.get(call, ())
+        arguments = *arrays, lam, *scale, self.epsilon
         for kernel in kernels:
-            penalty = _called(kernel, x, g, lam, count, scale, self.epsilon)
+            penalty = _called(kernel, arguments)
             if penalty != NOT_HANDLED:
                 break
         else:
-            backend, target = choose(NUMPY, dtype, self._options.backend, log=False)
+            backend, target = choose(NUMPY, dtype, options.backend, log=False)
             if target != NUMPY:
-                return NOT_HANDLED, None
-            kernel = backend.fused_kernel(self._options.norm, dtype, x.size, writes=writes)
+                return None
+            kernel = backend.fused_kernel(options.norm, options.reduction, arrays[0], writes=writes)
             if kernel is None or kernel in kernels:
-                return NOT_HANDLED, None
-            choose(NUMPY, dtype, self._options.backend)  # once more, to log it
-            found[dtype, writes] = (*kernels, kernel)
-            penalty = _called(kernel, x, g, lam, count, scale, self.epsilon)
+                return None
+            choose(NUMPY, dtype, options.backend)  # once more, to log it
+            found[call] = (*kernels, kernel)
+            penalty = _called(kernel, arguments)
+        if penalty == NOT_HANDLED:
+            return None
         zero = compute.type(0)
-        if penalty != NOT_HANDLED and _FLOATS_ARE_WEAK:
-            plan = *asked, dtype, kernel, zero
+        if _FLOATS_ARE_WEAK:
+            plan = *asked, dtype, axes, kernel, zero
             if writes:
-                self.updating = plan
+                self.writing = plan
             else:
-                self._reading = plan
-        return penalty, zero
+                self.reading = plan
+        return compute.type(penalty) if penalty >= 0.0 else self.exact(activations, lam)
 
 
-def _called(kernel: Any, *arguments: Any) -> float:
+def _called(kernel: Any, arguments: tuple[Any, ...]) -> float:
     try:
         return kernel(*arguments)  # type: ignore[no-any-return]
     except TypeError:  # read-only
@@ -296,7 +289,7 @@ def penalty_and_gradient(
         gradients = check_gradients(x, out, array_type, "out")
         return update(options, array_type, x, gradients, scale, overwrite=True), out
     gradient = zeros_like(x, array_type)
-    penalty = dispatcher.fused(x, gradient, True, scale)
+    penalty = dispatcher.apply(x, gradient, scale)
     if penalty is None:
         penalty = update(options, array_type, x, gradient, scale)
     return penalty, gradient

@@ -59,6 +59,8 @@ def warmup(
                     reg.apply(activations, gradients)
                     reg.penalty(activations)
                     reg.add_gradient(activations, gradients, reg.partial_sum(activations))
-                for axes in ((), (1,), (1, 1), (1, 1, 1)):
-                    activations, gradients = plain.reshape(2, *axes, -1)
+                for axes in range(1, 5):
+                    activations, gradients = plain.reshape(2, *(1,) * (axes - 1), -1)
+                    reg.apply(activations, gradients)
+                    reg.penalty(activations)
                     reg.apply_all([activations], [gradients])

@@ -45,8 +45,6 @@ __all__ = ["BACKEND", "PARALLEL_FROM", "NumbaBackend"]
 
 Array = np.ndarray[Any, Any]
 
-_MOST_AXES = 4  # of a layer in a batch; a kernel that describes it is compiled for each number
-
 
 class NumbaBackend(Backend):
     """NumPy arrays in native byte order, aligned."""
@@ -110,16 +108,18 @@ class NumbaBackend(Backend):
         gradients[...] = 0
 
     def fused_kernel(
-        self, norm: Norm, dtype: np.dtype[Any], size: int, *, writes: bool
+        self, norm: Norm, reduction: str, activations: Array, *, writes: bool
     ) -> Callable[..., float] | None:
-        """Return the fused kernel for ``size`` elements.
+        """Return the fused kernel.
 
         There is none where so many elements are for threads but threads may not be used.
         """
-        parallel = size >= PARALLEL_FROM
+        x, parallel = activations, activations.size >= PARALLEL_FROM
         if parallel and not may_use_threads():
             return None
-        return kernel_of(_fused, norm, dtype, writes, parallel)  # type: ignore[no-any-return]
+        return kernel_of(  # type: ignore[no-any-return]
+            _fused, norm, reduction, x.dtype, x.ndim, writes, parallel
+        )
 
     def fused_batch(
         self,
@@ -146,7 +146,7 @@ class NumbaBackend(Backend):
                 if axes == g.ndim == 0 and options.reduction != "batch":
                     x, g, axes = x.reshape(1), g.reshape(1), 1
                 if axes not in describe:
-                    if not 0 < axes <= _MOST_AXES:
+                    if not axes:
                         return None
                     describe[axes] = kernel_of(drivers.describing_kernel, bits, axes)
                 found = describe[axes](x, g, address, layer)
@@ -159,7 +159,7 @@ class NumbaBackend(Backend):
             return None
         norm, parallel = options.norm, size >= PARALLEL_FROM and may_use_threads()
         kernel = kernel_of(drivers.batch_kernel, norm.n_lams, parallel)
-        plan = ctypes.addressof(_plan(norm, dtype, True, True))
+        plan = ctypes.addressof(_plan(norm, dtype, writes=True))
         lam = options.lam if norm.n_lams > 1 else options.lam[0]
         reduction = REDUCTIONS.index(options.reduction)
         epsilon = math.nan if options.epsilon is None else options.epsilon
@@ -213,9 +213,10 @@ def _parallel(call: Call) -> bool:
 def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool) -> Any:
     """Do a whole call, once more in integers if its sum takes them, and return the penalty."""
     call = _call(x, g, norm, constants)
-    kernel = kernel_of(drivers.whole_kernel, _parallel(call))
-    plan = _plan(norm, x.dtype, writes, call.dense)
-    penalty = kernel(ctypes.addressof(plan), ctypes.addressof(call))
+    parallel = _parallel(call)
+    plan = _plan(norm, x.dtype, writes=writes, dense=call.dense, parallel=parallel)
+    whole = kernel_of(drivers.whole_function, parallel).ctypes
+    penalty = whole(ctypes.addressof(plan), ctypes.addressof(call))
     if penalty < 0.0:
         found = outcome_of(BACKEND.partial_sum(x, norm), norm, constants)
         penalty = found.penalty
@@ -238,20 +239,34 @@ def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
     return kernel_of(functions.block_function, terms, norm, dtype, dense)
 
 
-def _plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) -> Plan:
-    """Return the functions that a call runs."""
-    return kernel_of(_compiled_plan, norm, dtype, writes, dense)  # type: ignore[no-any-return]
+def _plan(
+    norm: Norm,
+    dtype: np.dtype[Any],
+    *,
+    writes: bool,
+    dense: bool = True,
+    parallel: bool = False,
+    reduction: str = "sum",
+) -> Plan:
+    """Return how such calls are done."""
+    key = norm, dtype, writes, dense, parallel, reduction
+    return kernel_of(_compiled_plan, *key)  # type: ignore[no-any-return]
 
 
-def _compiled_plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) -> Plan:
+def _compiled_plan(
+    norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool, parallel: bool, reduction: str
+) -> Plan:
     compute = COMPUTE_DTYPES[dtype]
     sums_first = norm.two_pass or not writes
+    whole = kernel_of(drivers.whole_function, parallel)
     first = (_summing if sums_first else _updating)(norm, dtype, dense)
     second = _updating(norm, dtype, dense) if norm.two_pass and writes else None
     prepare = kernel_of(functions.prepare_function, norm, compute)
     finish = kernel_of(functions.finish_function, norm, compute)
-    plan = Plan(first.address, second.address if second else 0, prepare.address, finish.address)
-    _IN_USE.append((plan, first, second, prepare, finish))
+    used = whole, first, second, prepare, finish
+    addresses = [function.address if function else 0 for function in used]
+    plan = Plan(*addresses, parallel, REDUCTIONS.index(reduction))
+    _IN_USE.append((plan, *used))
     return plan
 
 
@@ -259,21 +274,26 @@ def _compiled_plan(norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool) 
 _IN_USE: list[Any] = []
 
 
-def _fused(norm: Norm, dtype: np.dtype[Any], writes: bool, parallel: bool) -> Any:
+def _fused(
+    norm: Norm, reduction: str, dtype: np.dtype[Any], axes: int, writes: bool, parallel: bool
+) -> Any:
     """Return the fused kernel, ready for what the caller has: 16-bit floats, forked processes."""
-    kernel: Any = kernel_of(drivers.fused_kernel, bits_of(dtype), norm.n_lams, writes, parallel)
+    bits = bits_of(dtype)
+    plan = _plan(norm, dtype, writes=writes, parallel=parallel, reduction=reduction)
+    kernel: Any = kernel_of(drivers.fused_kernel, bits, axes, norm.n_lams, writes)
     # A bound method is called as quickly as its function.
-    kernel = MethodType(kernel, float(ctypes.addressof(_plan(norm, dtype, writes, True))))
+    kernel = MethodType(kernel, float(ctypes.addressof(plan)))
     if parallel:
         with_threads = kernel
 
         def kernel(*arguments):  # type: ignore[no-untyped-def]
             return with_threads(*arguments) if may_use_threads() else NOT_HANDLED
 
-    bits = bits_of(dtype)
     if bits is dtype:
         return kernel
-    return lambda x, g, *others: kernel(x.view(bits), g.view(bits), *others)
+    if writes:
+        return lambda x, g, *others: kernel(x.view(bits), g.view(bits), *others)
+    return lambda x, *others: kernel(x.view(bits), *others)
 
 
 def _exact_sum(x: Array, degree: int) -> PartialSum:

@@ -22,21 +22,25 @@ from actreg_dispatch.norms import MOST_COEFFICIENTS, MOST_LAMS
 __all__ = [
     "BLOCK_SIGNATURE",
     "CALL_SIGNATURE",
+    "WHOLE_SIGNATURE",
     "Call",
     "Plan",
     "address_of",
     "call_at",
     "call_block",
     "call_function",
+    "call_whole",
     "dense_row",
     "new_call",
     "new_total",
+    "new_totals",
     "plan_at",
     "strided_row",
 ]
 
 _LAMS = ctypes.c_double * MOST_LAMS
 TOTALS = 4  # numbers that sums take: a pair (hi, lo) for each
+SHARES = 256  # of a call, which threads take in turn
 
 
 class Call(ctypes.Structure):
@@ -75,38 +79,44 @@ class Call(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    """The addresses of the functions that a call runs."""
+    """How calls of one kind are done: the addresses of functions, and what a fused kernel asks."""
 
     _fields_ = (
+        ("whole", ctypes.c_int64),  # the driver
         ("first", ctypes.c_int64),  # the pass that sums, and updates if the norm needs no other
         ("second", ctypes.c_int64),  # the pass that updates, of a norm of two; else 0
         ("prepare", ctypes.c_int64),
         ("finish", ctypes.c_int64),
+        ("parallel", ctypes.c_int64),  # whether the driver is
+        ("reduction", ctypes.c_int64),  # what divides λ, a place in REDUCTIONS
     )
 
 
 CALL_SIGNATURE = types.int64(types.int64)
 BLOCK_SIGNATURE = types.int64(types.int64, types.int64, types.int64)
+WHOLE_SIGNATURE = types.float64(types.int64, types.int64)
 
 
 def _function(signature: Any) -> Any:
     """Return what calls the C function at an address, with a tuple of arguments."""
     count = len(signature.args)
-    word = ir.IntType(64)
-    native = ir.FunctionType(word, [word] * count)
+    words = [ir.IntType(64)] * count
+    result = ir.DoubleType() if signature.return_type == types.float64 else ir.IntType(64)
+    native = ir.FunctionType(result, words)
 
     @intrinsic
     def call(typingctx, address, arguments):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        def generate(context, builder, _signature, values):  # type: ignore[no-untyped-def]
             function = builder.inttoptr(values[0], native.as_pointer())
             return builder.call(function, cgutils.unpack_tuple(builder, values[1], count))
 
-        return types.int64(types.int64, types.UniTuple(types.int64, count)), generate
+        return signature.return_type(types.int64, types.UniTuple(types.int64, count)), generate
 
     return call
 
 
 call_function, call_block = _function(CALL_SIGNATURE), _function(BLOCK_SIGNATURE)
+call_whole = _function(WHOLE_SIGNATURE)
 
 
 def _structure(structure: type[ctypes.Structure]) -> Any:
@@ -127,13 +137,13 @@ call_at, plan_at = _structure(Call), _structure(Plan)
 
 
 def _on_the_stack(size: int) -> Any:
-    """Return what reserves so many numbers on the stack, and returns their address."""
+    """Return what reserves so many words on the stack, and returns their address."""
 
     @intrinsic
     def new(typingctx):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-            numbers = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), size))
-            return builder.ptrtoint(numbers, ir.IntType(64))
+            words = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), size))
+            return builder.ptrtoint(words, ir.IntType(64))
 
         return types.int64(), generate
 
@@ -141,6 +151,7 @@ def _on_the_stack(size: int) -> Any:
 
 
 new_call, new_total = _on_the_stack(ctypes.sizeof(Call) // 8), _on_the_stack(TOTALS)
+new_totals = _on_the_stack(SHARES * TOTALS)
 
 
 @intrinsic

@@ -2,12 +2,13 @@
 
 * The *pass* runs one block function over all blocks, in series or in parallel.
 * The *whole* call sums, finishes, and updates, if that is still to be done.
-* The *fused* kernel is the whole call for contiguous arrays of one axis, of which nothing has been
-  checked: the signature tells their types.
+* The *fused* kernel checks contiguous arrays, whose types its signature tells, and does the whole
+  call; it is compiled for each number of axes.
 * The *batch* is the whole call for many layers, in one parallel region; before it, layers are
   described and compared.
 
-Each is compiled for series and for parallel, and where it is given λ, for each number of them.
+All but the fused kernel are compiled for series and for parallel; what is given λ, for each number
+of them.
 """
 
 from __future__ import annotations
@@ -21,18 +22,22 @@ from numba import types
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
+    SHARES,
     TOTALS,
+    WHOLE_SIGNATURE,
     Call,
     address_of,
     call_at,
     call_block,
     call_function,
+    call_whole,
     dense_row,
     new_call,
     new_total,
+    new_totals,
     plan_at,
 )
-from actreg_dispatch.backends.numba.compiling import compile_kernel
+from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
 from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
 from actreg_dispatch.backends.numba.rows import BLOCK, store_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_pairs
@@ -45,7 +50,7 @@ __all__ = [
     "describing_kernel",
     "fused_kernel",
     "pass_kernel",
-    "whole_kernel",
+    "whole_function",
 ]
 
 # Elements from which on the threads are woken. Measured on two cores, L1, µs serial and parallel:
@@ -55,53 +60,49 @@ PARALLEL_FROM = 30_000
 
 _CALL_BYTES = ctypes.sizeof(Call)
 _PAGES = 1 << 18  # bytes that one thread clears at a time
-_INT, _FLOAT = types.int64, types.float64
+_INT, _FLOAT, _REAL = types.int64, types.float64, np.float64
 
 
 @register_jitable
-def _add_to(total, part):  # type: ignore[no-untyped-def]
-    """Add the pairs of a block to those before."""
+def _add_to(there, part):  # type: ignore[no-untyped-def]
+    """Add the total of a block to the total there."""
+    total, more = dense_row(_REAL, there, TOTALS, 8), dense_row(_REAL, part, TOTALS, 8)
     for k in range(0, TOTALS, 2):
-        total[k], total[k + 1] = merge_pairs(total[k], total[k + 1], part[k], part[k + 1])
+        total[k], total[k + 1] = merge_pairs(total[k], total[k + 1], more[k], more[k + 1])
+
+
+@register_jitable
+def _run_blocks(function, address, first, last, there):  # type: ignore[no-untyped-def]
+    """Run a block function over some blocks, and leave the total there."""
+    dense_row(_REAL, there, TOTALS, 8)[:] = 0.0
+    part = new_total()
+    for b in range(first, last):
+        call_block(function, (address, b, part))
+        _add_to(there, part)
 
 
 @register_jitable
 def _in_series(function, address):  # type: ignore[no-untyped-def]
     """Run a block function over all blocks, and leave the total in the call."""
     call = call_at(address)
-    call_block(function, (address, 0, address_of(call.total)))  # zeros where there is no block
-    part = new_total()
-    for b in range(1, call.blocks):
-        call_block(function, (address, b, part))
-        _add_to(call.total, dense_row(np.float64, part, TOTALS, 8))
+    _run_blocks(function, address, 0, call.blocks, address_of(call.total))
 
 
 @register_jitable(parallel=True)
 def _in_parallel(function, address):  # type: ignore[no-untyped-def]
     call = call_at(address)
-    parts = np.empty((call.blocks, TOTALS))
-    for b in numba.prange(parts.shape[0]):
-        call_block(function, (address, b, address_of(parts[b])))
+    blocks, shares = call.blocks, min(call.blocks, SHARES)
+    parts = new_totals()  # on the stack: a C function must not fail for want of memory
+    for k in numba.prange(shares):
+        first, last = k * blocks // shares, (k + 1) * blocks // shares
+        _run_blocks(function, address, first, last, parts + k * 8 * TOTALS)
     call.total[:] = 0.0
-    for b in range(parts.shape[0]):
-        _add_to(call.total, parts[b])
+    for k in range(shares):
+        _add_to(address_of(call.total), parts + k * 8 * TOTALS)
 
 
 def _pass_in(parallel: bool) -> Any:
     return _in_parallel if parallel else _in_series
-
-
-@register_jitable
-def _whole(plan, address, run_pass):  # type: ignore[no-untyped-def]
-    """Return the penalty of a call that is prepared, and leave nothing to do but an exact sum."""
-    functions, call = plan_at(plan), call_at(address)
-    run_pass(functions.first, address)
-    found = call_function(functions.finish, (address,))
-    if found == UNCERTAIN:
-        return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
-    if functions.second != 0 and found == GRADIENT:
-        run_pass(functions.second, address)
-    return call.penalty
 
 
 def pass_kernel(parallel: bool) -> Any:
@@ -111,56 +112,74 @@ def pass_kernel(parallel: bool) -> Any:
     def kernel(function, address):  # type: ignore[no-untyped-def]
         run_pass(function, address)
 
-    return compile_kernel(kernel, types.void(_INT, _INT), parallel, _nrt=parallel)
+    return compile_kernel(kernel, types.void(_INT, _INT), parallel, _nrt=False)
 
 
-def whole_kernel(parallel: bool) -> Any:
-    """Compile the driver of a call that is prepared.
+def whole_function(parallel: bool) -> Any:
+    """Compile the driver of a call that is prepared, a C function.
 
     It takes the plan and the call, and returns the penalty, or ``NOT_HANDLED`` or
     ``NEEDS_EXACT_SUM``, which are negative, as a penalty is not.
     """
     run_pass = _pass_in(parallel)
 
-    def kernel(plan, address):  # type: ignore[no-untyped-def]
-        return _whole(plan, address, run_pass)
+    def whole(plan, address):  # type: ignore[no-untyped-def]
+        functions, call = plan_at(plan), call_at(address)
+        run_pass(functions.first, address)
+        found = call_function(functions.finish, (address,))
+        if found == UNCERTAIN:
+            return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
+        if functions.second != 0 and found == GRADIENT:
+            run_pass(functions.second, address)
+        return call.penalty
 
-    return compile_kernel(kernel, _FLOAT(_INT, _INT), parallel, _nrt=parallel)
+    return compile_function(whole, WHOLE_SIGNATURE, parallel)
 
 
-def fused_kernel(bits: np.dtype[Any], n_lams: int, writes: bool, parallel: bool) -> Any:
-    """Compile the driver of a whole call on contiguous arrays of one axis, whose bits are these.
+def fused_kernel(bits: np.dtype[Any], axes: int, n_lams: int, writes: bool) -> Any:
+    """Compile what checks contiguous arrays, whose bits and number of axes are these, and runs all.
 
-    It takes the plan, activations, gradients, λ, what λ is divided by, what it is multiplied by for
-    the gradient, and epsilon (NaN for the default), and returns what the whole call does. Without
-    ``writes`` the gradients are the activations again. The signature is explicit: arrays of another
-    dtype, layout or writability are a TypeError. The address of the plan, below 2⁵³ like every
-    address, is a float, which Numba takes 20 ns less to read than an int.
+    It takes the plan, activations, gradients, λ, what λ is multiplied by for the gradient, and
+    epsilon (NaN for the default), or, without ``writes``, the plan, activations, λ and epsilon, and
+    returns what the whole call does. The signature is explicit: arrays of another dtype, layout or
+    writability are a TypeError. The address of the plan, below 2⁵³ like every address, is a float,
+    which Numba takes 20 ns less to read than an int.
     """
-    run_pass, as_tuple, store = _pass_in(parallel), _as_tuple(n_lams), store_of(n_lams)
+    as_tuple, store = _as_tuple(n_lams), store_of(n_lams)
 
-    def kernel(plan_address, x, g, lam, count, scale, epsilon):  # type: ignore[no-untyped-def]
-        plan, size, itemsize = np.int64(plan_address), x.size, x.itemsize
-        start, g_start = address_of(x), address_of(g)
-        apart = abs(start - g_start) >= size * itemsize or not writes
-        aligned = (start | g_start) % itemsize == 0  # which Numba takes for granted
-        if not (apart and aligned and size == g.size) or (size >= PARALLEL_FROM) != parallel:
-            return NOT_HANDLED
-        address = new_call()
-        call = call_at(address)
-        _describe(call, start, g_start, size, itemsize)
-        store(call.lam, as_tuple(lam))
-        call.count, call.scale, call.epsilon = count, scale, epsilon
-        if not call_function(plan_at(plan).prepare, (address,)):
-            return NOT_HANDLED
-        return _whole(plan, address, run_pass)
+    def reading(plan, x, lam, epsilon):  # type: ignore[no-untyped-def]
+        return _fused(np.int64(plan), x, x, as_tuple(lam), 1.0, epsilon, store)
 
-    element = numba.from_dtype(bits)
-    x = types.Array(element, 1, "C", readonly=True)
-    g = types.Array(element, 1, "C", readonly=not writes)
-    # Without Numba's reference counts, which it has no use for, a serial call takes 50 ns less.
-    signature = _FLOAT(_FLOAT, x, g, _lam_type(n_lams), _FLOAT, _FLOAT, _FLOAT)
-    return compile_kernel(kernel, signature, bits, n_lams, writes, parallel, _nrt=parallel)
+    def writing(plan, x, g, lam, scale, epsilon):  # type: ignore[no-untyped-def]
+        apart = abs(address_of(x) - address_of(g)) >= x.size * x.itemsize
+        if not (apart and x.shape == g.shape):
+            return NOT_HANDLED
+        return _fused(np.int64(plan), x, g, as_tuple(lam), scale, epsilon, store)
+
+    element, lam = numba.from_dtype(bits), _lam_type(n_lams)
+    x, g = types.Array(element, axes, "C", readonly=True), types.Array(element, axes, "C")
+    key = bits, axes, n_lams, writes
+    # Without Numba's reference counts, which it has no use for, a call takes 50 ns less.
+    if writes:
+        return compile_kernel(writing, _FLOAT(_FLOAT, x, g, lam, _FLOAT, _FLOAT), *key, _nrt=False)
+    return compile_kernel(reading, _FLOAT(_FLOAT, x, lam, _FLOAT), *key, _nrt=False)
+
+
+@register_jitable
+def _fused(plan, x, g, lam, scale, epsilon, store):  # type: ignore[no-untyped-def]
+    functions, start, g_start = plan_at(plan), address_of(x), address_of(g)
+    aligned = (start | g_start) % x.itemsize == 0  # which Numba takes for granted
+    if not aligned or (x.size >= PARALLEL_FROM) != (functions.parallel != 0):
+        return NOT_HANDLED
+    address = new_call()
+    call = call_at(address)
+    _describe(call, start, g_start, x.size, x.itemsize)
+    store(call.lam, lam)
+    call.count = max(1, (1, x.size, x.shape[0])[functions.reduction])
+    call.scale, call.epsilon = scale, epsilon
+    if not call_function(functions.prepare, (address,)):
+        return NOT_HANDLED
+    return call_whole(functions.whole, (plan, address))
 
 
 def _lam_type(n_lams: int) -> Any:
@@ -279,7 +298,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
             call = call_at(address)
             call.total[:] = 0.0
             for b in range(before[layer], before[layer + 1]):
-                _add_to(call.total, parts[b])
+                _add_to(address_of(call.total), address_of(parts[b]))
             found = call_function(functions.finish, (address,))
             penalties[layer] = call.penalty
             if found == UNCERTAIN:
