@@ -136,6 +136,16 @@ def test_a_new_choice_of_backend_counts_at_the_next_call(reg, monkeypatch):
     assert len(used) == 3
 
 
+def test_contiguous_arrays_go_by_the_fused_kernel(reg, monkeypatch):
+    backend = get_backend("numba")
+    for name in ("penalty", "apply"):
+        monkeypatch.setattr(backend, name, None)
+    for shape in ((3,), (1, 3), (1, 1, 3), (1, 1, 1, 1, 3), ()):
+        x, g = np.ones(shape), np.zeros(shape)
+        for _ in range(2):
+            assert reg.apply(x, g) == reg.penalty(x)
+
+
 def test_epsilon_and_what_is_not_finite():
     reg = ActivityRegularization.l2(0.5, epsilon=25.0)
     for _ in range(2):

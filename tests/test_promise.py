@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
@@ -342,6 +342,7 @@ magnitudes = st.floats(0, allow_nan=False, allow_infinity=False)
     values=st.lists(magnitudes, max_size=40),
     norm=st.sampled_from([ActivityNorm.L1, ActivityNorm.L2]),
 )
+@example(values=[2.0**-1022, 1.5 * 2.0**-1022, 2.0**-1021], norm=ActivityNorm.L1)
 def test_integer_sums_are_exact(values, norm):
     array = np.array(values, np.float64)
     exact = exact_sum(array, norm)
@@ -392,6 +393,57 @@ def test_anchored_sums_keep_within_their_bound(norm, layout):
             hi, lo = get_backend("numba").quick_sum(layout(values), named_norm(norm))
             exact = exact_sum(values, norm)
             assert abs(Fraction(hi) + Fraction(lo) - exact) <= anchored_bound(size) * exact
+
+
+def test_the_worst_tiles_keep_within_their_bound():
+    """Terms as large as they may be next to the anchor, or that all lose as much as they can."""
+    tiles = [np.random.default_rng(3).uniform(1.5, 2.0, 1024), np.full(1024, np.nextafter(2, 0))]
+    for k in range(1, 60):
+        tiles.append(np.r_[1.0, np.full(510, 2.0**-k), np.full(513, 2.0 ** -(k + 49))])
+    for values in tiles:
+        hi, lo = get_backend("numba").quick_sum(values, named_norm("l1"))
+        exact = exact_sum(values, ActivityNorm.L1)
+        assert abs(Fraction(hi) + Fraction(lo) - exact) <= anchored_bound(1024) * exact
+
+
+def blocks_of(first, second):
+    """Return blocks that are but two numbers; with threads if there are five."""
+    blocks = np.zeros((5, 8192))
+    blocks[:, 0], blocks[:, 1] = first, second
+    return blocks
+
+
+SUMMED_IN_PARTS = {
+    "remainders of a tile that are rounded": (
+        "l1",
+        np.r_[1.0, 2.0**-53 - 2.0**-86, np.full(510, 2.0**-43), np.full(512, 2.0**-94)],
+    ),
+    "a plain tile that loses what it can": (
+        "l1",
+        np.r_[np.ones(64), 2.0**-18 - 2.0**-42, np.full(8000, 2.0**-54)].astype(np.float32),
+    ),
+    "lower halves of blocks": ("l1", blocks_of(1.0, 0.45 * 2.0**-52)[:3].ravel()),
+    "lower halves of blocks and threads": ("l1", blocks_of(1.0, 0.45 * 2.0**-52).ravel()),
+    "lower halves of squares": ("l2_squared", blocks_of(1.0, math.sqrt(0.45) * 2.0**-26).ravel()),
+    "lower halves of the second sum": (
+        "l1_l2_squared",
+        blocks_of(1.0, math.sqrt(0.45) * 2.0**-26)[:3].ravel(),
+    ),
+} | {
+    f"above a tie at 2^{exponent}": ("l1", 2.0 ** (exponent - np.array([0.0, 53.0, 120.0])))
+    for exponent in (1014, 1015, 1016, 1020, 1022)
+}
+
+
+@pytest.mark.parametrize(("norm", "values"), SUMMED_IN_PARTS.values(), ids=SUMMED_IN_PARTS)
+def test_what_parts_of_a_sum_leave_out_is_not_lost(backend, norm, values):
+    lam = (0.0, 1.0) if norm == "l1_l2_squared" else 1.0
+    start = np.zeros_like(values)
+    expected, gradients = exact_result(values, start, ActivityNorm(norm), lam)
+    reg = backend.regularization(lam, norm)
+    penalty, updated = backend.updated(reg, values, start)
+    assert penalty == backend.host(reg.penalty(backend.array(values))) == expected
+    assert updated.tobytes() == gradients.tobytes()
 
 
 # Threads and memory.
