@@ -90,6 +90,13 @@ def test_layers_on_a_tie_take_an_exact_sum(taken, norm, dtype):
     assert taken == [True]
 
 
+@pytest.mark.parametrize("small", [0.0, 1e-9])
+def test_a_layer_without_a_gradient_is_left_alone(small):
+    xs, gs = [np.full(3, small), np.ones(3)], [np.ones(3), np.ones(3)]
+    assert_as_in_a_loop(ActivityRegularization(0.5, "l2"), xs, gs)
+    assert (gs[0] == 1).all()
+
+
 @norms
 def test_what_is_not_finite_stays_in_its_layer(norm):
     xs = [np.array(values) for values in ([1.0, 2.0], [math.inf, 1.0], [3.0], [math.nan, 0.0])]
@@ -108,7 +115,10 @@ def test_layers_that_are_not_plain_are_done_one_by_one(taken, norm):
         assert_as_in_a_loop(ActivityRegularization(0.1, norm), [xs[1], x], [gs[1], odd])
     doubles = layers_of([(3,)], np.float64)
     assert_as_in_a_loop(ActivityRegularization(0.1, norm), [*xs, *doubles[0]], [*gs, *doubles[1]])
-    assert taken == [False] * 4
+    misaligned = np.frombuffer(bytearray(33), np.uint8)[1:].view(np.float64)
+    for x, g in ((np.ones(4), misaligned), (misaligned, np.ones(4))):
+        assert_as_in_a_loop(ActivityRegularization(0.1, norm), [np.ones(2), x], [np.ones(2), g])
+    assert taken == [False] * 6
 
 
 @pytest.mark.parametrize("name", ["numpy", "numba"])
@@ -167,6 +177,11 @@ WRONG = {
         lambda x, g: (g, g),
         ValueError,
         r"^gradients\[1\] share .* activations\[1\]",
+    ),
+    "other shape": (
+        lambda x, g: (x.reshape(1, 3), g.reshape(3, 1)),
+        ValueError,
+        r"^gradients\[1\] have shape",
     ),
     "read-only": (
         lambda x, g: (x, np.broadcast_to(g, g.shape)),
@@ -348,6 +363,17 @@ def test_layers_on_a_device(cupy, norm, dtype, reduction):
     assert [g.get().tobytes() for g in there[1]] == [g.tobytes() for g in expected]
 
 
+@pytest.mark.parametrize("epsilon", [None, 25.0])
+def test_epsilon_counts_for_layers_on_a_device(cupy, epsilon):
+    reg = ActivityRegularization(0.5, "l2", epsilon=epsilon)
+    xs = [np.array(values) for values in ([3.0, 4.0], [3.0, 5.0], [1e-9, 0.0])]
+    gs, there = [np.zeros(2) for _ in xs], [cupy.zeros(2) for _ in xs]
+    reg.apply_all(xs, gs)
+    reg.apply_all([cupy.asarray(x) for x in xs], there)
+    assert [g.get().tolist() for g in there] == [g.tolist() for g in gs]
+    assert not gs[2].any()
+
+
 def test_layers_on_a_device_that_are_not_plain_are_done_one_by_one(cupy):
     reg, room = ActivityRegularization(0.1), cupy.zeros((3, 8), np.float32)
     xs = [cupy.ones((3, 4), np.float32), cupy.ones(2)]
@@ -367,19 +393,22 @@ def test_layers_of_several_libraries_are_refused(cupy, norm):
     assert not here[1].any()
 
 
+@pytest.mark.parametrize("certified", [False, True])
 @pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.name)
-def test_as_many_launches_for_all_layers_as_for_one(cupy, monkeypatch, norm):
+def test_as_many_launches_for_all_layers_as_for_one(cupy, monkeypatch, norm, certified):
     from actreg_dispatch.backends import cuda
 
+    monkeypatch.setattr(cuda, "CERTIFIED_FROM", 200 if certified else 201)
+
     xs, gs = [cupy.arange(1.0, 11) ** 2] * 20, [cupy.zeros(10) for _ in range(20)]
-    kernels, calls = cuda.kernels_of(norm), []
+    kernels, calls = cuda.kernels_of(norm, batch=True), []
 
     def counting(kernel):
         return lambda *arguments, **options: calls.append(kernel) or kernel(*arguments, **options)
 
     watched = type(kernels)(*(kernel and counting(kernel) for kernel in kernels))
-    monkeypatch.setattr(cuda, "kernels_of", lambda norm: watched)
+    monkeypatch.setattr(cuda, "kernels_of", lambda norm, batch: watched)
     lam = (0.1,) * norm.n_lams
     assert cuda.BACKEND.apply_batch(xs, gs, norm, [Constants(lam, lam, 0.0)] * 20)
-    assert len(calls) == (3 if norm.two_pass else 2)
+    assert len(calls) == 2 + norm.two_pass + 2 * certified
     assert all((g != 0).all() for g in gs)

@@ -1,10 +1,12 @@
 """The CUDA backend: CuPy kernels that read the activations once and never make the host wait.
 
-A norm of one pass takes two launches. The first sums and updates the gradients: the sums are exact,
-so the bits depend neither on the order of the additions nor on the size of the grid, and there is
-nothing to certify or repeat. The second rounds them and evaluates the penalty. A norm of two passes
-needs its coefficients before the gradient, so its first launch only sums, and a third updates. The
-layers of a model take as many launches together as one array.
+Sums are certified: a fast pass, which also updates the gradients of a norm of one pass, leaves sums
+that are off by no more than a bound, and a second kernel evaluates the penalty if that is close
+enough to tell it. Two more stand by: they sum exactly and round, or, nearly always, return at once.
+So the bits depend neither on the order of the additions nor on the size of the grid. Small arrays
+are summed exactly from the first, which saves two launches. A norm of two passes needs its
+coefficients before the gradient, so its sums come first, and one more launch updates. The layers of
+a model take as many launches together as one array.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from actreg_dispatch.backends.cuda.kernels import (
     COUNTERS,
     THREADS,
     WORD_BITS,
+    Kernels,
     blocks_for,
     columns_of,
     kernels_of,
@@ -32,6 +35,8 @@ from actreg_dispatch.sums.exact import PartialSum, Total, total_of
 
 __all__ = ["BACKEND", "CudaBackend"]
 
+CERTIFIED_FROM = 1 << 16
+"""Elements from which on sums are certified; fewer are summed exactly, in two launches less."""
 _HAS_BFLOAT16 = int(cupy.__version__.partition(".")[0]) >= 14
 
 
@@ -55,7 +60,7 @@ class CudaBackend(Backend):
         dtype = COMPUTE_DTYPES[activations.dtype]
         with activations.device:
             words = _words(norm)
-            launch(kernels_of(norm).sum, words, arrays=(activations,))
+            launch(kernels_of(norm), "sum", words, arrays=(activations,))
             rows = words.get().reshape(-1, COUNTERS).tolist()
         return total_of(
             [_partial_sum(row, degree, dtype) for row, degree in zip(rows, norm.terms, strict=True)]
@@ -63,12 +68,7 @@ class CudaBackend(Backend):
 
     def penalty(self, activations: cupy.ndarray, norm: Norm, constants: Constants) -> cupy.ndarray:
         """Return the penalty, a 0-d array on the device of ``activations``."""
-        kernels, numbers = kernels_of(norm), _flat(constants)
-        with activations.device:
-            words, results = _words(norm), _results(norm, activations.dtype)
-            launch(kernels.sum, words, arrays=(activations,))
-            kernels.finish(words, words, *numbers, *results)
-            return results[0]
+        return self._summed(activations, None, norm, constants)[0]
 
     def apply(
         self,
@@ -78,17 +78,38 @@ class CudaBackend(Backend):
         constants: Constants,
     ) -> cupy.ndarray:
         """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
-        kernels, both, lam = kernels_of(norm), (activations, gradients), constants.gradient_lam
-        with activations.device:
-            words, results = _words(norm), _results(norm, activations.dtype)  # before any update
-            if norm.two_pass:
-                launch(kernels.sum, words, arrays=(activations,))
+        results = self._summed(activations, gradients, norm, constants)
+        if norm.two_pass:
+            with activations.device:
+                known = *constants.gradient_lam, *results[1:]
+                launch(kernels_of(norm), "update", *known, arrays=(activations, gradients))
+        return results[0]
+
+    def _summed(
+        self,
+        x: cupy.ndarray,
+        gradients: cupy.ndarray | None,
+        norm: Norm,
+        constants: Constants,
+    ) -> list[cupy.ndarray]:
+        """Return the results; update any gradients if the norm takes one pass."""
+        kernels, numbers = kernels_of(norm), _flat(constants)
+        lam: tuple[float, ...] = ()
+        what, arrays = "sum", [x]
+        if gradients is not None and not norm.two_pass:
+            what, lam, arrays = "apply", constants.gradient_lam, [x, gradients]
+        with x.device:
+            words, results = _words(norm), _results(norm, x.dtype)  # before any update
+            if x.size < CERTIFIED_FROM:
+                launch(kernels, what, *lam, words, arrays=arrays)
             else:
-                launch(kernels.apply, *lam, words, arrays=both)
-            kernels.finish(words, words, *_flat(constants), *results)
-            if norm.two_pass:
-                launch(kernels.update, *lam, *results[1:], arrays=both)
-            return results[0]
+                blocks = blocks_for(x.size)
+                partials = _partials(norm, blocks)
+                launch(kernels, f"{what}_certified", *lam, partials, arrays=arrays)
+                kernels.certify(partials, blocks, x.size, *numbers, words, *results, **_grid(1))
+                launch(kernels, "sum", words, arrays=(x,))
+            kernels.finish(words, words, *numbers, *results)
+            return results
 
     def add_gradient(
         self,
@@ -105,7 +126,7 @@ class CudaBackend(Backend):
             known = [cupy.full((), compute.type(value), compute) for value in coefficients]
             known += [cupy.ones((), bool)] * norm.two_pass  # that there is a gradient
             lam, both = constants.gradient_lam, (activations, gradients)
-            launch(kernels_of(norm).update, *lam, *known, arrays=both)
+            launch(kernels_of(norm), "update", *lam, *known, arrays=both)
 
     def apply_batch(
         self,
@@ -123,7 +144,7 @@ class CudaBackend(Backend):
             plain = array.flags.c_contiguous and array.dtype == first.dtype
             if not plain or array.device != first.device:
                 return None
-        kernels = kernels_of(norm)
+        kernels = kernels_of(norm, batch=True)
         table = np.zeros((layers, len(columns_of(norm))), np.int64)
         blocks = np.array([blocks_for(x.size) for x in activations])
         table[:, 0] = [x.data.ptr for x in activations]
@@ -131,28 +152,63 @@ class CudaBackend(Backend):
         table[:, 2] = [x.size for x in activations]
         table[:, 3], table[:, 4] = np.cumsum(blocks) - blocks, blocks
         table.view(np.float64)[:, 5:] = [_flat(each)[:-1] for each in constants]
-        size = int(blocks.sum()) * THREADS
+        size, grid = sum(x.size for x in activations), _grid(int(blocks.sum()))
+        vectors = all(map(_differ_by_vectors, activations, gradients))
+        epsilon = constants[0].epsilon
         with first.device:
             words, results = _words(norm, layers), _results(norm, first.dtype, layers)
             there = cupy.asarray(table)
-            if size:
-                launch_options = {"size": size, "block_size": THREADS}
-                total = kernels.batch_sum or kernels.batch_apply
-                total(there, layers, first, words, **launch_options)
+
+            def run(name: str, *known: Any) -> None:
+                if size:
+                    kernel = _variant(kernels, name, vectors=vectors)
+                    kernel(there, layers, first, *known, **grid)
+
+            what = "sum" if norm.two_pass else "apply"
+            if size < CERTIFIED_FROM:
+                run(what, words)
+            else:
+                partials = _partials(norm, int(blocks.sum()))
+                run(f"{what}_certified", partials)
+                kernels.certify(partials, there, epsilon, words, *results, **_grid(layers))
+                run("sum", words)
             rows = words.reshape(layers, -1).T  # raw arrays bar CuPy from moving the axis itself
-            kernels.batch_finish(rows, words, there, constants[0].epsilon, *results, axis=0)
-            if size and norm.two_pass:
-                kernels.batch_update(there, layers, first, *results[1:], words, **launch_options)
+            kernels.finish(rows, words, there, epsilon, *results, axis=0)
+            if norm.two_pass:
+                run("update", *results[1:], words)
             return list(results[0])
 
 
-def launch(kernel: cupy.ElementwiseKernel, *options: Any, arrays: tuple[cupy.ndarray, ...]) -> None:
+def launch(kernels: Kernels, name: str, *known: Any, arrays: Sequence[cupy.ndarray]) -> None:
     """Launch a pass over all elements of the activations, and the gradients if there are any."""
     count = arrays[0].size
     if count:
-        step = blocks_for(count) * THREADS
+        blocks = blocks_for(count)
         x, *gradients = collapse(*arrays)
-        kernel(x, count, step, *options, *gradients, size=step, block_size=THREADS)
+        dense = all(each.ndim == 1 and each.strides[0] == each.itemsize for each in (x, *gradients))
+        vectors = dense and _differ_by_vectors(x, *gradients)
+        kernel = _variant(kernels, name, vectors=vectors)
+        kernel(x, count, blocks * THREADS, *known, *gradients, **_grid(blocks))
+
+
+def _differ_by_vectors(x: cupy.ndarray, g: cupy.ndarray | None = None) -> bool:
+    """Return whether the addresses of two arrays differ by a multiple of what is loaded at once."""
+    return g is None or (x.data.ptr - g.data.ptr) % 16 == 0
+
+
+def _variant(kernels: Kernels, name: str, *, vectors: bool) -> Any:
+    """Return a kernel, by vectors if it can and there is one that does."""
+    kernel = getattr(kernels, name)
+    return getattr(kernels, f"{name}_vectors", kernel) if vectors else kernel
+
+
+def _grid(blocks: int) -> dict[str, int]:
+    return {"size": blocks * THREADS, "block_size": THREADS}
+
+
+def _partials(norm: Norm, blocks: int) -> cupy.ndarray:
+    """Return room for the pair of each sum of each block."""
+    return cupy.empty(2 * len(norm.terms) * blocks, np.float64)
 
 
 def _flat(constants: Constants) -> tuple[float, ...]:
@@ -176,8 +232,8 @@ def _results(norm: Norm, dtype: np.dtype[Any], layers: int | None = None) -> lis
 
 
 def _partial_sum(row: list[int], degree: int, dtype: np.dtype[Any]) -> PartialSum:
-    """Return what the words of a superaccumulator, and its two counters, stand for."""
-    *words, infinities, nans = row
+    """Return what the words of a superaccumulator, and its counters, stand for."""
+    *words, infinities, nans, _ = row
     special = float("nan") if nans else float("inf") if infinities else 0.0
     units = sum(word << WORD_BITS * k for k, word in enumerate(words))
     return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)

@@ -15,6 +15,7 @@ template <> struct compute<double> { using type = double; };
 
 // float and double.
 
+__device__ inline double widen(bool x) { return x; }
 __device__ inline double widen(double x) { return x; }
 __device__ inline double widen(float x) {
     double y;
@@ -48,6 +49,16 @@ __device__ inline float negative(float x) {
     asm("neg.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+__device__ inline float absolute(float x) {
+    float y;
+    asm("abs.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float multiply_add(float x, float y, float z) {  // rounded once
+    float result;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(x), "f"(y), "f"(z));
+    return result;
+}
 __device__ inline float root(float x) {
     float y;
     asm("sqrt.rn.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -57,9 +68,31 @@ __device__ inline float root(float x) {
 template <typename C> __device__ inline bool greater(C a, C b) { return widen(a) > widen(b); }
 
 // a with the sign of x, 0 where x is 0 or NaN. In formulas it is called signed, a keyword of C++.
-template <typename C> __device__ inline C with_sign_of(C a, C x) {
-    const double wide = widen(x);
-    return wide > 0.0 ? a : wide < 0.0 ? negative(a) : C(0);
+// lop3 with 0x6a is (x & sign) ^ a.
+__device__ inline float with_sign_of(float a, float x) {
+    float y;
+    asm("{\n"
+        ".reg .pred has_sign;\n"
+        ".reg .b32 result;\n"
+        "lop3.b32 result, %2, 0x80000000, %1, 0x6a;\n"
+        "setp.gt.f32 has_sign, %3, 0f00000000;\n"
+        "selp.b32 %0, result, 0, has_sign;\n"
+        "}"
+        : "=f"(y) : "f"(a), "f"(x), "f"(absolute(x)));
+    return y;
+}
+__device__ inline double with_sign_of(double a, double x) {
+    double y;
+    asm("{\n"
+        ".reg .pred has_sign;\n"
+        ".reg .b64 result;\n"
+        "and.b64 result, %2, 0x8000000000000000;\n"
+        "xor.b64 result, result, %1;\n"
+        "setp.gt.f64 has_sign, %3, 0d0000000000000000;\n"
+        "selp.b64 %0, result, 0, has_sign;\n"
+        "}"
+        : "=d"(y) : "d"(a), "d"(x), "d"(fabs(x)));
+    return y;
 }
 #define signed(a, x) with_sign_of(a, x)
 

@@ -4,7 +4,7 @@
 // the smallest number. Word k weighs 2^(WORD_BITS k) units. It has 63 bits and a sign, so 2^37
 // amounts fit into it before anything is carried. Integers add up to the same in any order.
 
-constexpr int INFINITIES = WORDS, NANS = WORDS + 1, COUNTERS = WORDS + 2;  // two more follow
+constexpr int INFINITIES = WORDS, NANS = WORDS + 1, CERTAIN = WORDS + 2, COUNTERS = WORDS + 3;
 
 constexpr integer WORD_MASK = (1ULL << WORD_BITS) - 1;
 

@@ -1,0 +1,153 @@
+"""What a call costs on a GPU: bytes, launches, copies, waits, and what the warps issue.
+
+All of it is counted by a software CUDA device (``SOFTGPU``) that executes the kernels' PTX; a GPU
+would need its maker's profiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from actreg_dispatch.norms import NORMS
+
+pytestmark = pytest.mark.xdist_group("profile")  # which takes a minute to make
+norms = pytest.mark.parametrize("norm", NORMS.values(), ids=lambda norm: norm.name)
+dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+
+SIZE = 100_000
+PROFILE = """
+import json, os
+import cupy, numpy as np, ml_dtypes
+from actreg_dispatch import ActivityRegularization
+from actreg_dispatch.backends.cuda import kernels
+from actreg_dispatch.norms import NORMS
+
+usual = kernels.FEW_BLOCKS
+found = {}
+def record(name, call):
+    with open(os.environ["SOFTGPU_PROFILE"]) as lines:
+        lines.seek(0, 2)
+        call()
+        found[name] = [json.loads(line) for line in lines]
+
+rng = np.random.default_rng(0)
+for dtype in ("float16", "bfloat16", "float32", "float64"):
+    room = cupy.asarray(rng.normal(size=(200, 250, 4)).astype(dtype))
+    views = {
+        "few": room.ravel()[: 5 * 16_384],  # blocks
+        "many": room.ravel()[: 10 * 16_384],
+        "contiguous": room.ravel()[: SIZE],
+        "channels": room[..., 1:3],
+        "transposed": room[:, :, :2].transpose(1, 2, 0),
+    }
+    for layout, x in views.items():
+        # Blocks of few and many have as much to do as those of large arrays.
+        kernels.FEW_BLOCKS = 1 if layout in ("few", "many") else usual
+        g = cupy.zeros(room.shape, dtype)
+        if x.ndim == 1:
+            g = g.ravel()[: x.size]
+        if layout == "channels":
+            g = g[..., 1:3]
+        elif layout == "transposed":
+            g = g[:, :, :2].transpose(1, 2, 0)
+        assert x.shape == g.shape
+        for norm in NORMS:
+            reg = ActivityRegularization(0.1, norm)
+            record(f"apply {norm} {dtype} {layout}", lambda: reg.apply(x, g))
+            record(f"penalty {norm} {dtype} {layout}", lambda: reg.penalty(x))
+for norm in NORMS:
+    xs, gs = ([cupy.ones(n, np.float32) for n in (3, 70_000)] for _ in range(2))
+    record(f"apply_all {norm}", lambda: ActivityRegularization(0.1, norm).apply_all(xs, gs))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def profile(cupy, python, tmp_path_factory):
+    """Return what was launched, copied and waited for in each call."""
+    if "SOFTGPU" not in os.environ:
+        pytest.skip("only a software device counts bytes")
+    file = tmp_path_factory.mktemp("profile") / "profile.json"
+    file.touch()
+    done = python("-c", f"SIZE = {SIZE}\n{PROFILE}", timeout=1200, SOFTGPU_PROFILE=str(file))
+    return json.loads(done.stdout)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "transposed"])
+@pytest.mark.parametrize("operation", ["apply", "penalty"])
+def test_memory_is_passed_once_and_the_host_never_waits(profile, operation, norm, dtype, layout):
+    events = profile[f"{operation} {norm.name} {dtype} {layout}"]
+    assert [event for event in events if "launch" not in event] == []  # no copy, no wait
+    twice = operation == "apply" and norm.two_pass
+    assert len(events) == 4 + twice  # two that certify, two that stand by, and the update of two
+    moved = sum(event["loaded"] + event["stored"] for event in events)
+    accesses = {"penalty": 1, "apply": 3}[operation] + twice
+    itemsize = 8 if dtype == "float64" else 4 if dtype == "float32" else 2
+    sums = len(norm.terms)
+    assert accesses <= moved / (SIZE * itemsize) <= (1.01 + 0.01 * sums) * accesses
+    assert sum(event["atomic"] for event in events) <= 0.01 * sums * moved
+    if layout == "contiguous":
+        assert moved / (32 * sum(event["sectors"] for event in events)) >= 1 - 0.02 * sums
+
+
+# What warps may issue for an element of contiguous arrays: to the units of binary64, and in all.
+BUDGETS = {
+    ("penalty", "float32"): {"l1": (0.6, 13), "l2": (0.6, 16), "l2_squared": (0.6, 16)},
+    ("apply", "float32"): {"l1": (0.6, 19), "l2": (1.2, 40), "l2_squared": (0.6, 19)},
+    ("penalty", "float16"): {"l1": (0.6, 15), "l2": (0.6, 18), "l2_squared": (0.6, 18)},
+    ("apply", "float16"): {"l1": (0.6, 24), "l2": (1.2, 40), "l2_squared": (0.6, 24)},
+    ("penalty", "float64"): {"l1": (8.5, 14), "l2": (12.5, 18), "l2_squared": (12.5, 18)},
+    ("apply", "float64"): {"l1": (10.5, 22), "l2": (14.5, 26), "l2_squared": (13.5, 22)},
+}
+BUDGETS |= {
+    (operation, "bfloat16"): BUDGETS[operation, "float16"] for operation in ("penalty", "apply")
+}
+# Strided arrays, whose indices take a division for each axis, cost this much more at most.
+STRIDED = {"channels": (2, 50), "transposed": (2, 50)}
+
+
+def issues_of(events):
+    """Return how many instructions warps issued to binary64 units, and in all."""
+    binary64 = sum(event["issues"]["f64"] for event in events)
+    return np.array([binary64, sum(sum(event["issues"].values()) for event in events)])
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("operation", ["apply", "penalty"])
+def test_an_element_costs_no_more_than_its_budget(profile, operation, norm, dtype):
+    def cost(name):
+        few, many = (issues_of(profile[f"{operation} {name} {dtype} {n}"]) for n in ("few", "many"))
+        return 32 * (many - few) / (5 * 16_384)
+
+    budgets = BUDGETS[operation, dtype]
+    if norm.name in budgets:
+        assert (cost(norm.name) <= budgets[norm.name]).all(), cost(norm.name)
+    else:  # of two sums: at most what both cost apart
+        squares = "l2" if norm.two_pass else "l2_squared"
+        assert (cost(norm.name) <= cost("l1") + cost(squares)).all(), cost(norm.name)
+
+
+@norms
+@dtypes
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strided_arrays_cost_a_bounded_amount_more(profile, layout, norm, dtype):
+    for operation in ("apply", "penalty"):
+        plain, strided = (
+            32 * issues_of(profile[f"{operation} {norm.name} {dtype} {each}"]) / SIZE
+            for each in ("contiguous", layout)
+        )
+        assert (strided - plain <= STRIDED[layout]).all(), strided - plain
+
+
+@norms
+def test_layers_take_one_copy_to_the_device_and_no_wait(profile, norm):
+    events = profile[f"apply_all {norm.name}"]
+    others = [event for event in events if "launch" not in event]
+    assert [event["copy"] for event in others] == ["host to device"]  # of the table of layers
