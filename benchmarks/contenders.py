@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from actreg_dispatch.norms import ActivityNorm
+from actreg_dispatch.norms import ActivityNorm, named_norm
 from actreg_dispatch.regularization import ActivityRegularization
 
 __all__ = [
@@ -61,7 +61,7 @@ class Case(NamedTuple):
         """How often an array goes through memory: reads of x and g and writes of g."""
         if self.operation == "penalty":
             return 1
-        return 4 if self.norm is ActivityNorm.L2 else 3
+        return 3 + named_norm(self.norm).two_pass
 
     def bytes_moved(self) -> int:
         """Return how many bytes the work moves, if it moves nothing twice."""

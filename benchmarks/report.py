@@ -22,11 +22,13 @@ __all__ = [
     "split_readme",
     "summary",
     "update_readme",
+    "write_between",
 ]
 
 MARKS = {
     "cpu": ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"),
     "cuda": ("<!-- benchmarks cuda: begin -->", "<!-- benchmarks cuda: end -->"),
+    "model": ("<!-- benchmarks model: begin -->", "<!-- benchmarks model: end -->"),
 }
 
 Record = dict[str, Any]
@@ -232,7 +234,7 @@ def _peers(records: Sequence[Record]) -> str:
     return ", ".join(names) or "none"
 
 
-def split_readme(path: Path, device: str) -> tuple[str, str]:
+def split_readme(path: Path, place: str, option: str = "--readme") -> tuple[str, str]:
     """Return what stands before and after the place for the tables of a device in ``path``.
 
     Raises
@@ -243,18 +245,23 @@ def split_readme(path: Path, device: str) -> tuple[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise BadFileError(f"--readme {path} cannot be read: {error}") from None
-    first, last = MARKS[device]
+        raise BadFileError(f"{option} {path} cannot be read: {error}") from None
+    first, last = MARKS[place]
     before, begin, rest = text.partition(first)
     _, end, after = rest.partition(last)
     if not begin or not end:
         raise BadFileError(
-            f"--readme {path} has no place for the table; put {first} and {last} there"
+            f"{option} {path} has no place for the table; put {first} and {last} there"
         )
     return before, after
 
 
 def update_readme(results: dict[str, Any], path: Path, device: str) -> None:
     """Replace what stands between the two marks in ``path`` by :func:`summary`."""
-    (before, after), (first, last) = split_readme(path, device), MARKS[device]
-    path.write_text(f"{before}{first}\n{summary(results)}\n{last}{after}", encoding="utf-8")
+    write_between(path, device, summary(results))
+
+
+def write_between(path: Path, place: str, text: str, option: str = "--readme") -> None:
+    """Replace what stands between the two marks of a place in ``path``."""
+    (before, after), (first, last) = split_readme(path, place, option), MARKS[place]
+    path.write_text(f"{before}{first}\n{text}\n{last}{after}", encoding="utf-8")
