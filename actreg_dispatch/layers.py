@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from actreg_dispatch.dispatch import backend_for, checked_constants, penalty_exactly, update
-from actreg_dispatch.dtypes import compute_dtype, round_to
+from actreg_dispatch.dtypes import FLOAT32, compute_dtype, round_to
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import L1
 from actreg_dispatch.options import Constants, Options
 from actreg_dispatch.registry import CUPY, NUMPY, choose, library_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED
+from actreg_dispatch.sums.extended import binary64
 from actreg_dispatch.transfer import on_device_of
 from actreg_dispatch.validation import check_activations, check_apart, check_gradients
 
@@ -154,7 +156,7 @@ def _checked_batch(
                 backend.apply(x, g, options.norm, constants) for backend, x, g, constants in layers
             ]
         if array_type == CUPY:  # on the device; penalties are their own magnitudes
-            stacked = sys.modules["cupy"].stack(penalties)
+            stacked = sys.modules["cupy"].stack(_of_one_dtype(penalties))
             return backends[0].penalty(stacked, L1, _SUM), penalties
     widest = max((each.dtype for each in penalties), key=lambda dtype: dtype.itemsize)
     return _sum_of(map(float, penalties), widest), penalties
@@ -162,8 +164,27 @@ def _checked_batch(
 
 def _sum_of(penalties: Iterable[float], dtype: np.dtype[Any]) -> Any:
     """Return the sum, rounded to binary64, then to ``dtype``."""
+    penalties = list(penalties)
     try:
         total = math.fsum(penalties)
-    except OverflowError:
-        total = math.inf
+    except OverflowError:  # also of a sum on the way, whatever the others are
+        total = sum(penalty for penalty in penalties if not math.isfinite(penalty))
+        if total == 0.0:
+            total = binary64(sum(map(Fraction, penalties)))
     return round_to(dtype, total)
+
+
+def _of_one_dtype(penalties: Sequence[Any]) -> Sequence[Any]:
+    """Return penalties on a device, as float64 if some are.
+
+    CuPy's kernels flush subnormal float32 numbers to zero. Those are their bits times 2⁻¹⁴⁹.
+    """
+    if len({penalty.dtype for penalty in penalties}) == 1:
+        return penalties
+    wide = []
+    for penalty in penalties:
+        if penalty.dtype == FLOAT32:
+            bits = penalty.view(np.uint32)
+            penalty = sys.modules["cupy"].where(bits < 1 << 23, bits * 2.0**-149, penalty)
+        wide.append(penalty)
+    return wide

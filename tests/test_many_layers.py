@@ -146,6 +146,34 @@ def test_the_total_may_be_too_large(norm):
     assert reg.apply_all(xs, [np.zeros(1) for _ in xs]).total == math.inf
 
 
+LARGEST = np.finfo(np.float64).max
+
+
+@pytest.mark.parametrize(
+    ("penalties", "total"),
+    [
+        ([1.7e308, 1.7e308, math.nan], math.nan),
+        ([1.7e308, math.inf, 1.7e308], math.inf),
+        ([math.nan, math.inf], math.nan),
+        ([LARGEST, np.nextafter(2.0**970, 0), 2.0**916], LARGEST),  # just below the tie
+        ([LARGEST, np.nextafter(2.0**970, 0), 2.0**917], math.inf),
+    ],
+)
+def test_a_total_at_the_end_of_the_range(backend, penalties, total):
+    xs = [backend.array([penalty]) for penalty in penalties]
+    gs = [backend.array([0.0]) for _ in penalties]
+    found = backend.regularization(1.0, "l1").apply_all(xs, gs)
+    np.testing.assert_equal(float(found.total), total)
+
+
+def test_a_total_of_several_dtypes_on_a_device_keeps_subnormal_numbers(cupy):
+    penalties = [np.float32(1e-40), np.float64(0.0), np.float32(3.0), np.float64(1e-300)]
+    for chosen in ([0, 1], [0, 2, 3], [1, 2]):
+        xs = [cupy.asarray(penalties[k]).reshape(1) for k in chosen]
+        total = ActivityRegularization(1.0).apply_all(xs, [cupy.zeros_like(x) for x in xs]).total
+        assert total.get() == math.fsum(float(penalties[k]) for k in chosen)
+
+
 def test_names_lead_to_the_penalties():
     xs, gs = ({"a": np.ones(3), "b": np.full(2, -2.0)} for _ in range(2))
     total, layers = ActivityRegularization(0.5).apply_all(xs, dict(reversed(gs.items())))
