@@ -53,7 +53,8 @@ __all__ = [
 ]
 
 _NDARRAY = np.ndarray
-NO_PLAN: tuple[Any, ...] = (None,) * 6
+NO_PLAN: tuple[Any, ...] = (None,) * 5
+_MOST_AXES = 64  # of an array of NumPy
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -67,15 +68,15 @@ class Dispatcher:
     checks included. Whatever it does not handle it leaves alone, to be computed, or complained
     about, the general way. Which kernel that is, a plan says: a tuple, made at the first such call
     and replaced as a whole, so threads may race, of what the choice of a backend was made by, the
-    dtype, the number of axes, the kernel and a zero of the compute dtype. There is one for calls
-    that read and one for calls that write.
+    dtype, the kernel and a zero of the compute dtype. There is one for each number of axes, for
+    calls that read and for calls that write.
     """
 
     __slots__ = "_kernels", "_options", "epsilon", "lam", "reading", "writing"
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.reading = self.writing = NO_PLAN
+        self.reading, self.writing = ([NO_PLAN] * (_MOST_AXES + 1) for _ in range(2))
         self._kernels: tuple[Any, dict[Any, Any]] = None, {}
 
     @property
@@ -90,13 +91,13 @@ class Dispatcher:
         self.epsilon = math.nan if epsilon is None else epsilon
 
     def penalty(self, activations: Any) -> Any:
-        """Return the penalty of contiguous arrays, or None."""
+        """Return the penalty of a contiguous array, or None."""
         if type(activations) is not _NDARRAY:  # which __class__ may belie
             return None
-        context, environment, dtype, axes, kernel, zero = self.reading
+        axes = activations.ndim
+        context, environment, dtype, kernel, zero = self.reading[axes]
         if (
             activations.dtype is dtype
-            and activations.ndim == axes
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
         ):
@@ -104,7 +105,7 @@ class Dispatcher:
             try:
                 penalty = kernel(activations, lam, self.epsilon)
             except TypeError:  # strided; it takes some 50 µs to find out, so not twice
-                self.reading = NO_PLAN
+                self.reading[axes] = NO_PLAN
                 return None
             if penalty >= 0.0:
                 return zero + penalty
@@ -165,11 +166,8 @@ class Dispatcher:
             return None
         zero = compute.type(0)
         if _FLOATS_ARE_WEAK:
-            plan = *asked, dtype, axes, kernel, zero
-            if writes:
-                self.writing = plan
-            else:
-                self.reading = plan
+            plans = self.writing if writes else self.reading
+            plans[axes] = *asked, dtype, kernel, zero
         return compute.type(penalty) if penalty >= 0.0 else self.exact(activations, lam)
 
 

@@ -11,6 +11,7 @@ import pytest
 from actreg_dispatch import (
     ActivityNorm,
     ActivityRegularization,
+    dispatch,
     get_backend,
     use_backend,
     warmup,
@@ -140,10 +141,21 @@ def test_contiguous_arrays_go_by_the_fused_kernel(reg, monkeypatch):
     backend = get_backend("numba")
     for name in ("penalty", "apply"):
         monkeypatch.setattr(backend, name, None)
-    for shape in ((3,), (1, 3), (1, 1, 3), (1, 1, 1, 1, 3), ()):
+    for shape in ((3,), (1, 3), (1, 1, 3), (1, 1, 1, 1, 3), (1,) * 31 + (3,), ()):
         x, g = np.ones(shape), np.zeros(shape)
         for _ in range(2):
             assert reg.apply(x, g) == reg.penalty(x)
+
+
+def test_arrays_of_another_number_of_axes_keep_the_plan_of_the_others(reg, monkeypatch):
+    pairs = [(np.ones(shape), np.zeros(shape)) for shape in ((3,), (1, 3), (1, 1, 3))]
+    for x, g in pairs:
+        assert reg.apply(x, g) == reg.penalty(x)
+    monkeypatch.setattr(get_backend("numba"), "fused_kernel", None)
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0":  # before, there is no plan but the kernel
+        monkeypatch.setattr(dispatch.Dispatcher, "_planned", None)
+    for x, g in pairs * 2:
+        assert reg.apply(x, g) == reg.penalty(x)
 
 
 def test_epsilon_and_what_is_not_finite():

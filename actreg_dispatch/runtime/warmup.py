@@ -25,7 +25,8 @@ def warmup(
     """Compile, or load from the cache, what calls with these dtypes and norms will run.
 
     A kernel is compiled at its first call otherwise, which takes some tenths of a second to some
-    seconds, or a few milliseconds if an earlier process left it in Numba's cache.
+    seconds, or a few milliseconds if an earlier process left it in Numba's cache. Arrays have up to
+    five axes here; those of more compile a small function at their first call all the same.
 
     Parameters
     ----------
@@ -59,7 +60,7 @@ def warmup(
                     reg.apply(activations, gradients)
                     reg.penalty(activations)
                     reg.add_gradient(activations, gradients, reg.partial_sum(activations))
-                for axes in range(1, 5):
+                for axes in range(1, 6):
                     activations, gradients = plain.reshape(2, *(1,) * (axes - 1), -1)
                     reg.apply(activations, gradients)
                     reg.penalty(activations)
