@@ -154,6 +154,8 @@ class Norm:
     evaluate : callable
         ``evaluate(s, lam, gradient_lam, epsilon, real)`` returns what the norm makes of its sums:
         penalty and coefficients, rounded by ``real``, and whether there is a gradient.
+    agree : callable
+        ``agree(a, b)``: whether two results of ``evaluate`` are the same to the bit, without NaN.
     rounded_lams : callable
         ``rounded_lams(lam, count, scale, real)``: λ of the penalty, divided by ``count``, and of
         the gradient, multiplied by ``scale``, too, each rounded by ``real`` once.
@@ -227,15 +229,21 @@ class Norm:
             coefficients="".join(f"{each.python}, " for each in cs),
             guard=holds.python,
             gradient=added.python,
+            same_signs="".join(
+                f" and copysign(1.0, a{place}) == copysign(1.0, b{place})"
+                for place in ("[0]", *(f"[1][{k}]" for k in range(len(cs))))
+            ),
         )
         functions: dict[str, Any] = {
             "__name__": __name__,  # or Numba's cache looks for the functions in every module
+            "copysign": math.copysign,
             "isfinite": math.isfinite,
             "signed": signed,
             "sqrt": sqrt,
         }
         exec(self.source, functions)  # made of the symbols above alone
-        self.evaluate, self.gradient = functions["evaluate"], functions["gradient"]
+        self.evaluate, self.agree = functions["evaluate"], functions["agree"]
+        self.gradient = functions["gradient"]
         self.coefficients, self.guard = functions["coefficients"], functions["guard"]
         self.rounded_lams, self.lam_fits = functions["rounded_lams"], functions["lam_fits"]
         self._check_values()
@@ -284,6 +292,11 @@ def evaluate(s, lam, gradient_lam, epsilon, real):
     if {all_zero}:
         return real(0.0), ({zeros}), {one_pass}
     return real({penalty}), ({rounded}), {any_nan} or {guard}
+
+
+def agree(a, b):
+    """Return whether two results of evaluate are the same, signs of zeros included."""
+    return a == b{same_signs}
 
 
 def coefficients(gradient_lam, s):

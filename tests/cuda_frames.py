@@ -14,12 +14,11 @@ pathfinder = pytest.importorskip("cuda.pathfinder", reason="this CuPy is older t
 
 from cupy.cuda import nvrtc  # noqa: E402
 
-from actreg_dispatch.backends.cuda.kernels import OPTIONS, PREAMBLE, kernels_of  # noqa: E402
+from actreg_dispatch.backends.cuda.kernels import kernels_of  # noqa: E402
+from actreg_dispatch.backends.cuda.source import OPTIONS, PREAMBLE  # noqa: E402
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt  # noqa: E402
 
 CUDA_HEADERS = pathfinder.find_nvidia_header_directory("cudart")
-
-NO_HEADERS = "no CUDA headers: python -m pip install 'cupy-cuda13x[ctk]'"
 
 FOREIGN = Norm(  # every function there is, two λ, a guard
     "foreign",
@@ -44,6 +43,16 @@ KERNELS = {
     if kernel is not None
 }
 COMPUTE = {"float16": "float", "bfloat16": "float", "float": "float", "double": "double"}
+
+
+def require_headers(request, *others_missing):
+    """Skip a test where something to compile with is missing, or fail it where CuPy is required."""
+    missing = list(others_missing)
+    if CUDA_HEADERS is None:
+        missing.append("no CUDA headers: python -m pip install 'cupy-cuda13x[ctk]'")
+    if missing:
+        required = "cupy" in request.config.getoption("--require-backend")
+        (pytest.fail if required else pytest.skip)("; ".join(missing))
 
 
 def is_scalar(parameter):

@@ -151,7 +151,8 @@ def test_indices_have_64_bits(cupy, norm, kind):
 
     Three rows of 2**31 elements overlap, all but the first of each, which alone are visited.
     """
-    from actreg_dispatch.backends.cuda.kernels import COUNTERS, kernels_of
+    from actreg_dispatch.backends.cuda.kernels import kernels_of
+    from actreg_dispatch.backends.cuda.source import COUNTERS
 
     kernel = getattr(kernels_of(norm), kind)
     if kernel is None:
@@ -191,7 +192,8 @@ def test_indices_have_64_bits(cupy, norm, kind):
 @pytest.mark.parametrize("kind", ["sum", "sum_certified", "apply", "apply_certified", "update"])
 def test_indices_of_a_layer_have_64_bits(cupy, norm, kind):
     """A layer of 2**32 elements, of which one block visits its own alone."""
-    from actreg_dispatch.backends.cuda.kernels import COUNTERS, columns_of, kernels_of
+    from actreg_dispatch.backends.cuda.kernels import kernels_of
+    from actreg_dispatch.backends.cuda.source import COUNTERS, columns_of
 
     kernel, one = (getattr(kernels_of(norm, batch=batch), kind) for batch in (True, False))
     if kernel is None:
@@ -422,7 +424,7 @@ def operands(rng, operation, size=3000):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_numbers_of_any_exponent_are_those_of_the_host(cupy, operation):
-    from actreg_dispatch.backends.cuda.kernels import OPTIONS, PREAMBLE
+    from actreg_dispatch.backends.cuda.source import OPTIONS, PREAMBLE
 
     evaluate = cupy.ElementwiseKernel(
         "float64 x, int64 power, float64 y, int64 other",

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from cuda_frames import COMPUTE, CUDA_HEADERS, KERNELS, NO_HEADERS, compiled, source_of
+from cuda_frames import COMPUTE, KERNELS, compiled, require_headers, source_of
 
-from actreg_dispatch.backends.cuda.kernels import LOADS, THREADS
+from actreg_dispatch.backends.cuda.passes import LOADS
+from actreg_dispatch.backends.cuda.source import THREADS
 
 ARCHITECTURES, LOOPS_ON = (75, 80, 90, 120), (80, 90)
 PACKAGES = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}
@@ -76,15 +77,12 @@ def tool(name):
 @pytest.fixture
 def machine_code(request, tmp_path):
     """Return what makes the machine code for an architecture, of all dtypes at once."""
-    missing = [NO_HEADERS] if CUDA_HEADERS is None else []
-    missing += [
+    missing = [
         f"no {name}: python -m pip install {package}"
         for name, package in PACKAGES.items()
         if tool(name) is None
     ]
-    if missing:
-        required = "cupy" in request.config.getoption("--require-backend")
-        (pytest.fail if required else pytest.skip)("; ".join(missing))
+    require_headers(request, *missing)
     return functools.partial(assembled, folder=tmp_path)
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from cuda_frames import COMPUTE, CUDA_HEADERS, KERNELS, NO_HEADERS, compiled, layouts_of, source_of
-
-pytestmark = pytest.mark.skipif(CUDA_HEADERS is None, reason=NO_HEADERS)
+from cuda_frames import COMPUTE, KERNELS, compiled, layouts_of, require_headers, source_of
 
 KINDS = ["", "_certified", "_certified_vectors"]
 
@@ -22,7 +20,8 @@ def test_every_kind_of_kernel_is_found():
 
 @pytest.mark.parametrize("architecture", [75, 80, 90, 120])
 @pytest.mark.parametrize("dtype", COMPUTE)
-def test_every_kernel_compiles(dtype, architecture):
+def test_every_kernel_compiles(request, dtype, architecture):
+    require_headers(request)
     source = source_of({dtype: KERNELS})
     count = sum(len(layouts_of(name)) for name in KERNELS)
     ptx = compiled(source, architecture)

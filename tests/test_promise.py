@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 import subprocess
 import sys
 from fractions import Fraction
@@ -22,7 +23,7 @@ from numpy.testing import assert_array_equal
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, PairedSum, get_backend
 from actreg_dispatch.dtypes import round_to
-from actreg_dispatch.norms import named_norm, sqrt
+from actreg_dispatch.norms import Norm, named_norm, signed, sqrt
 from actreg_dispatch.oracle import binary64, exact_result, exact_sum, root_of, rounded
 from actreg_dispatch.sums.certified import PLAIN_BOUND, anchored_bound, certified_one, certified_two
 from actreg_dispatch.sums.extended import Extended
@@ -376,10 +377,10 @@ def test_what_is_certified_is_right(hi, offset, bound, lam, root, compute, bits)
     pair = float(computed), float(computed - Fraction(float(computed)))
     lams = (float(compute.type(lam)),)
     options = lams, lams, 1e-7, lambda value: round_to(compute, value)
-    evaluate = named_norm("l2" if root else "l1").evaluate
-    found, certain = certified_one(pair, bound, evaluate, *options)
+    norm = named_norm("l2" if root else "l1")
+    found, certain = certified_one(pair, bound, norm.evaluate, norm.agree, *options)
     if certain:
-        assert found == evaluate((float(truth),), *options)
+        assert found == norm.evaluate((float(truth),), *options)
 
 
 @pytest.mark.parametrize("layout", [np.asarray, spread_out])
@@ -455,8 +456,38 @@ def test_every_corner_of_the_brackets_counts(corner):
         return tuple(each > 1.0 for each in sums) == corner
 
     one = (1.0, 0.0)
-    assert not certified_two((*one, *one), PLAIN_BOUND, evaluate, (), (), 0.0, float)[1]
-    assert not certified_one(one, PLAIN_BOUND, lambda s, *_: s[0] > 1.0, (), (), 0.0, float)[1]
+    options = operator.eq, (), (), 0.0, float
+    assert not certified_two((*one, *one), PLAIN_BOUND, evaluate, *options)[1]
+    assert not certified_one(one, PLAIN_BOUND, lambda s, *_: s[0] > 1.0, *options)[1]
+
+
+def test_a_sum_that_may_overflow_when_rounded_is_not_certain():
+    """It may round to 2**1024, whose root of a square is finite if nothing overflows on the way."""
+    norm = Norm(
+        "root",
+        terms=(1,),
+        penalty=lambda lam, s: lam[0] * sqrt(s[0] * s[0]),
+        gradient=lambda x, lam, c: signed(lam[0], x),
+    )
+    options = anchored_bound(3), norm.evaluate, norm.agree, (0.25,), (0.25,), 0.0, np.float64
+    largest = np.float64(np.finfo(np.float64).max)
+    with np.errstate(over="ignore"):
+        assert not certified_one((largest, np.nextafter(2.0**970, 0)), *options)[1]
+        assert certified_one((largest, 0.0), *options)[1]  # infinite whatever it is
+
+
+def test_a_zero_whose_sign_is_not_certain_is_not():
+    norm = Norm(
+        "difference",
+        terms=(1, 2),
+        penalty=lambda lam, s: lam[0] * s[0],
+        coefficients=lambda lam, s: (lam[0] * (s[0] - s[1]),),
+        gradient=lambda x, lam, c: c[0] * x,
+    )
+    one = (1.0, 0.0, 1.0, 0.0)
+    options = norm.evaluate, norm.agree, (0.0,), (0.0,), 0.0, float
+    assert certified_two(one, 0.0, *options) == ((0.0, (0.0,), True), True)
+    assert not certified_two(one, PLAIN_BOUND, *options)[1]
 
 
 SUMS = """

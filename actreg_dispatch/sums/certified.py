@@ -133,6 +133,7 @@ def certified_one(
     total: tuple[float, ...],
     bound: float,
     evaluate: Callable[..., Any],
+    agree: Callable[[Any, Any], bool],
     lam: Any,
     gradient_lam: Any,
     epsilon: float,
@@ -140,7 +141,8 @@ def certified_one(
 ) -> tuple[Any, bool]:
     """Return what ``evaluate`` makes of the sum ``total``, a pair, and whether that is certain.
 
-    It is if the sum is finite and ``bound``, its relative error, leaves no other results possible.
+    It is if the sum cannot be infinite and ``bound``, its relative error, leaves no other results
+    possible.
 
     Parameters
     ----------
@@ -149,19 +151,23 @@ def certified_one(
     bound : float
         β.
     evaluate : callable
-        :attr:`Norm.evaluate <actreg_dispatch.norms.Norm.evaluate>`, and its further arguments.
+        :attr:`Norm.evaluate <actreg_dispatch.norms.Norm.evaluate>`; its further arguments follow.
+    agree : callable
+        Whether two results are the same: ``Norm.agree``.
     """
     hi, lo = total
     margin = 2.0 * bound * hi  # twice, to cover the rounding of what follows and of hi + lo
-    found = evaluate((hi + (lo - margin),), lam, gradient_lam, epsilon, real)
-    above = evaluate((hi + (lo + margin),), lam, gradient_lam, epsilon, real)
-    return found, found == above and math.isfinite(hi)
+    below, above = hi + (lo - margin), hi + (lo + margin)
+    found = evaluate((below,), lam, gradient_lam, epsilon, real)
+    certain = agree(found, evaluate((above,), lam, gradient_lam, epsilon, real))
+    return found, certain and math.isfinite(above)
 
 
 def certified_two(
     total: tuple[float, ...],
     bound: float,
     evaluate: Callable[..., Any],
+    agree: Callable[[Any, Any], bool],
     lam: Any,
     gradient_lam: Any,
     epsilon: float,
@@ -175,11 +181,11 @@ def certified_two(
     second_above = second_hi + (second_lo + second_margin)
     found = evaluate((below, second_below), lam, gradient_lam, epsilon, real)
     certain = (
-        found == evaluate((above, second_above), lam, gradient_lam, epsilon, real)
-        and found == evaluate((below, second_above), lam, gradient_lam, epsilon, real)
-        and found == evaluate((above, second_below), lam, gradient_lam, epsilon, real)
+        agree(found, evaluate((above, second_above), lam, gradient_lam, epsilon, real))
+        and agree(found, evaluate((below, second_above), lam, gradient_lam, epsilon, real))
+        and agree(found, evaluate((above, second_below), lam, gradient_lam, epsilon, real))
     )
-    return found, certain and math.isfinite(hi) and math.isfinite(second_hi)
+    return found, certain and math.isfinite(above) and math.isfinite(second_above)
 
 
 def round_if_certain(
@@ -200,7 +206,7 @@ def round_if_certain(
     def real(value: float) -> float:
         return float(round_to(dtype, value))
 
-    options = bound, norm.evaluate, *constants, real
+    options = bound, norm.evaluate, norm.agree, *constants, real
     try:
         with np.errstate(invalid="ignore"):  # of a square root
             found, certain = certified(total, *options)

@@ -18,15 +18,8 @@ import cupy
 import numpy as np
 
 from actreg_dispatch.backend import Backend
-from actreg_dispatch.backends.cuda.kernels import (
-    COUNTERS,
-    THREADS,
-    WORD_BITS,
-    Kernels,
-    blocks_for,
-    columns_of,
-    kernels_of,
-)
+from actreg_dispatch.backends.cuda.kernels import Kernels, blocks_for, kernels_of
+from actreg_dispatch.backends.cuda.source import COUNTERS, THREADS, WORD_BITS, columns_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT16, FLOAT32, FLOAT64, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
@@ -153,7 +146,11 @@ class CudaBackend(Backend):
         table[:, 3], table[:, 4] = np.cumsum(blocks) - blocks, blocks
         table.view(np.float64)[:, 5:] = [_flat(each)[:-1] for each in constants]
         size, grid = sum(x.size for x in activations), _grid(int(blocks.sum()))
-        vectors = all(map(_differ_by_vectors, activations, gradients))
+        vectors = all(
+            _differ_by_vectors(*both)
+            for both in zip(activations, gradients, strict=True)
+            if both[0].size
+        )
         epsilon = constants[0].epsilon
         with first.device:
             words, results = _words(norm, layers), _results(norm, first.dtype, layers)

@@ -65,6 +65,8 @@ __device__ inline float root(float x) {
     return y;
 }
 
+// Whether two numbers are equal, signs of zeros included; NaN is equal to nothing.
+__device__ inline bool same(double a, double b) { return a == b && signbit(a) == signbit(b); }
 template <typename C> __device__ inline bool greater(C a, C b) { return widen(a) > widen(b); }
 
 // a with the sign of x, 0 where x is 0 or NaN. In formulas it is called signed, a keyword of C++.

@@ -8,14 +8,15 @@
 // TwoSum(a, b) is s = RN(a + b) and its error, exactly (Knuth). A lane, what one thread adds up,
 // keeps the running sum of its terms and adds up the errors; only that rounds. All terms are >= 0.
 //
-// float32, with u = 2^-24. A batch is what a thread adds up at once: n <= 16 elements of float32,
-// n <= 32 of 16 bits. The sum of a batch is S. Each error is at most u S, and so is the sum of what
+// float32, with u = 2^-24. A group is what a thread adds up at once: n <= 16 elements of float32,
+// n <= 32 of 16 bits. The sum of a group is S. Each error is at most u S, and so is the sum of what
 // all squares lose to their own rounding, which fma tells: n u S in all at most, in fewer than 2 n
 // additions for float32, n for 16 bits, whose squares have at most 22 bits. Each of these additions
 // is off by at most u of what has been added: together by less than 31 * 16 u^2 S < 2^-39 S, or
-// 31 * 31 u^2 S < 2^-38.09 S. Then both numbers of the batch go to a sum in binary64, two additions
-// that cost 2^-53 each. A thread has at most count / 2^20 + 17 batches, and its sum passes through
-// fewer than 32 additions of threads, warps and blocks. Twice all that is below
+// 31 * 31 u^2 S < 2^-38.09 S. Both numbers of the group are then added up, and that is added to a
+// sum in binary64. A thread has at most count / 2^19 + 33 groups (LOADS may be 2), and its sum goes
+// through fewer than 32 additions of threads, warps and blocks: (count / 2^19 + 66) 2^-53 S. All
+// that together is below
 //
 //     bound = 2^-38 + 2^-70 count.
 //
@@ -29,16 +30,15 @@
 //     bound = 2^-104 (count / 2^18 + 128)^2 > 2 (n + 32) (n + 33) u^2.
 //
 // A square loses at most 2^-1074 more, which is nothing (2^-114) if the sum is at least
-// 2^-960 count.
+// 2^-960 count. A smaller sum of |x| is not certified either: so both ends are normal numbers.
 //
 // What overflows leaves an infinity or NaN in the sum, and so do an infinity and NaN themselves.
 
-// The sum of one thread, a pair hi + lo in the end. Elements are added between starts and ends of
-// batches.
+// The sum of one thread, a pair hi + lo in the end. Elements are added in groups.
 template <typename C> struct lane;
 
 template <> struct lane<float> {
-    float sum = 0.0f, errors = 0.0f;  // of the batch
+    float sum = 0.0f, errors = 0.0f;  // of the group
     double hi = 0.0;
     static constexpr double lo = 0.0;
 
@@ -54,7 +54,7 @@ template <> struct lane<float> {
         add(square);
         if (!is_exact) errors = ::add(errors, multiply_add(x, x, negative(square)));
     }
-    __device__ inline void end_batch() {
+    __device__ inline void end_group() {
         hi += widen(sum) + widen(errors);
         sum = errors = 0.0f;
     }
@@ -88,7 +88,7 @@ template <> struct lane<double> {
         add(square);
         lo += fma(x, x, -square);
     }
-    __device__ inline void end_batch() {}
+    __device__ inline void end_group() {}
     __device__ inline void join_lane(int distance) {
         join(__shfl_down_sync(~0u, hi, distance), __shfl_down_sync(~0u, lo, distance));
     }
@@ -125,7 +125,7 @@ template <typename C> __device__ inline void store(const lane<C>& sum, double* p
 struct bracket { double below, above; bool holds; };
 template <typename C> __device__ inline bracket bracket_of(const lane<C>& sum, double count, int term) {
     const double margin = 2.0 * lane<C>::bound(count) * sum.hi;  // twice, to cover what it rounds
+    const double below = sum.hi + (sum.lo - margin), above = sum.hi + (sum.lo + margin);
     const bool is_zero = term == 1 && sum.hi == 0.0;
-    const bool holds = isfinite(sum.hi) && (is_zero || sum.hi >= lane<C>::least(count, term));
-    return {sum.hi + (sum.lo - margin), sum.hi + (sum.lo + margin), holds};
+    return {below, above, isfinite(above) && (is_zero || sum.hi >= lane<C>::least(count, term))};
 }

@@ -115,7 +115,8 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
     It returns whether these are certain and whether there is a gradient.
     """
     _, zero, certified, _ = summing_of(norm.terms, compute)
-    evaluate, anchored = register_jitable(norm.evaluate), compute == FLOAT64
+    evaluate, agree = register_jitable(norm.evaluate), register_jitable(norm.agree)
+    anchored = compute == FLOAT64
     load_lam, load_total = load_of(norm.n_lams), load_of(len(zero))
     store = store_of(norm.n_coefficients)
     real: Any = compute.type
@@ -127,6 +128,7 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
             load_total(call.total, np.float64),
             anchored_bound(call.size) if anchored else PLAIN_BOUND,
             evaluate,
+            agree,
             load_lam(call.lam, np.float64),
             load_lam(call.gradient_lam, np.float64),
             default if math.isnan(call.epsilon) else call.epsilon,
