@@ -235,7 +235,10 @@ def _count(reduction: str, activations: da.Array) -> Any:
 
 
 def _sum_chunk(chunk: Any, computing_meta: bool = False, *, options: Options, **axes: Any) -> Any:
-    return _no_numbers(chunk) if computing_meta else dispatch.partial_sum(options, _array(chunk))
+    if computing_meta:
+        return _no_numbers(chunk)
+    with serially():
+        return dispatch.partial_sum(options, _array(chunk))
 
 
 def _count_chunk(chunk: Any, computing_meta: bool = False, *, reduction: str, **axes: Any) -> Any:

@@ -152,7 +152,7 @@ def test_indices_have_64_bits(cupy, norm, kind):
     Three rows of 2**31 elements overlap, all but the first of each, which alone are visited.
     """
     from actreg_dispatch.backends.cuda.kernels import kernels_of
-    from actreg_dispatch.backends.cuda.source import COUNTERS
+    from actreg_dispatch.sums.exact import COUNTERS
 
     kernel = getattr(kernels_of(norm), kind)
     if kernel is None:
@@ -193,7 +193,8 @@ def test_indices_have_64_bits(cupy, norm, kind):
 def test_indices_of_a_layer_have_64_bits(cupy, norm, kind):
     """A layer of 2**32 elements, of which one block visits its own alone."""
     from actreg_dispatch.backends.cuda.kernels import kernels_of
-    from actreg_dispatch.backends.cuda.source import COUNTERS, columns_of
+    from actreg_dispatch.backends.cuda.source import columns_of
+    from actreg_dispatch.sums.exact import COUNTERS
 
     kernel, one = (getattr(kernels_of(norm, batch=batch), kind) for batch in (True, False))
     if kernel is None:

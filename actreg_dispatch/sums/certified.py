@@ -69,6 +69,8 @@ from actreg_dispatch.options import Constants
 
 __all__ = [
     "ANCHORED_TERMS",
+    "HIGHEST_EXPONENT",
+    "LOWEST_EXPONENT",
     "NEEDS_EXACT_SUM",
     "NOT_HANDLED",
     "PLAIN_BOUND",
@@ -86,6 +88,8 @@ __all__ = [
 PLAIN_TERMS = 1 << 13
 PLAIN_BOUND = 2.0**-38
 ANCHORED_TERMS = 1 << 10
+LOWEST_EXPONENT, HIGHEST_EXPONENT = -900, 1013
+"""Of the largest term of an anchored tile."""
 
 NOT_HANDLED = -1.0
 """In place of a penalty: nothing has been done."""

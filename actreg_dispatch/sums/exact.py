@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
-from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT32, FLOAT64, round_to
+from actreg_dispatch.dtypes import round_to
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.sums.certified import Outcome
 from actreg_dispatch.sums.extended import Extended, binary64, round_to_53_bits
 
 __all__ = [
-    "LIMB",
+    "COUNTERS",
+    "INFINITIES",
+    "NANS",
+    "WORDS",
+    "WORD_BITS",
     "PairedSum",
     "PartialSum",
     "Total",
-    "exact_sum",
-    "limbs_of",
     "outcome_of",
+    "sum_of_words",
     "total_of",
-    "units_of",
 ]
 
-LIMB = 27
-"""Bits of a limb: half of a significand, so that a product of two fits an integer of 64 bits."""
+WORDS, WORD_BITS = 168, 26
+"""Of a superaccumulator: word k weighs 2^(26 k) units of 2^-2148.
+
+That takes 2 * 2046 + 106 bits for the largest square, and room for carries.
+"""
+INFINITIES, NANS, COUNTERS = WORDS, WORDS + 1, WORDS + 3
+"""Where infinities and NaN are counted, and how many words there are with all counters.
+
+The third says whether results on a device are certain without the words.
+"""
 
 
 @dataclass(frozen=True)
@@ -197,77 +207,12 @@ def outcome_of(total: Total, norm: Norm, constants: Constants) -> Outcome:
 _SMALLEST, _BEYOND = Fraction(2) ** -1022, 1 << 1024  # between them lie binary64's normal numbers
 
 
-def limbs_of(degree: int) -> int:
-    """Return how many limbs hold a significand of 53 bits to the power ``degree``."""
-    return 2 * degree
-
-
-def units_of(bins: np.ndarray[Any, Any], degree: int) -> int:
-    """Return the sum that is spread over ``bins``, as :class:`PartialSum` counts it.
-
-    ``bins[shift, place]`` holds the limbs of weight ``2**(degree * shift + LIMB * place)``.
-    """
-    return sum(
-        int(bins[shift, place]) << (degree * shift + LIMB * place)
-        for shift, place in np.argwhere(bins).tolist()
-    )
-
-
-def exact_sum(array: np.ndarray[Any, Any], degree: int) -> PartialSum:
-    """Return Σ|x| for the degree 1, Σx² for 2.
-
-    The array may be of any supported dtype and strides.
-
-    A binary64 magnitude is ``m * 2**(shift - 1074)`` with ``m < 2**53`` and ``0 <= shift < 2046``.
-    The significands, or their squares, are cut into limbs, and the limbs of one shift are summed:
-    a sum of 2¹⁶ numbers below 2²⁸ is exact in binary64, in any order.
-    """
-    chunk_size = 1 << 16
-    compute = COMPUTE_DTYPES[array.dtype]
-    bins = np.zeros((2046, limbs_of(degree)), np.int64)
-    special = 0.0
-    with np.errstate(invalid="ignore"):  # a signaling NaN is a NaN
-        if array.dtype.kind == "V":  # ml_dtypes' bfloat16, which nditer does not cast
-            array = array.astype(FLOAT32)
-        chunks: Iterable[Any] = np.nditer(
-            array,
-            flags=["buffered", "external_loop", "zerosize_ok"],
-            op_dtypes=[FLOAT64],
-            buffersize=chunk_size,
-        )
-        for chunk in chunks:
-            for start in range(0, chunk.size, chunk_size):  # unbuffered if contiguous
-                special += _spread(np.abs(chunk[start : start + chunk_size]), bins)
-    return PartialSum(degree, compute, units_of(bins, degree), special)
-
-
-def _spread(
-    magnitudes: np.ndarray[Any, np.dtype[np.float64]], bins: np.ndarray[Any, np.dtype[np.int64]]
-) -> float:
-    """Add the limbs of ``magnitudes`` to ``bins`` unless one is not finite; return that one, or 0.
-
-    NaN outweighs infinity.
-    """
-    largest = float(magnitudes.max(initial=0.0))
-    if not math.isfinite(largest):
-        return largest
-    bits, stored = magnitudes.view(np.uint64), np.uint64(52)
-    exponents = (bits >> stored).astype(np.intp)
-    leading = (exponents > 0).astype(np.uint64) << stored  # implied, but in subnormal numbers
-    significands = leading | (bits & np.uint64(2**52 - 1))
-    shifts = np.maximum(exponents, 1) - 1
-    half, mask = np.uint64(LIMB), np.uint64(2**LIMB - 1)
-    low, high = significands & mask, significands >> half
-    limbs = [low, high]
-    if bins.shape[1] == limbs_of(2):
-        ends, middle, top = low * low, np.uint64(2) * low * high, high * high
-        limbs = [
-            ends & mask,
-            (ends >> half) + (middle & mask),
-            (middle >> half) + (top & mask),
-            top >> half,
-        ]
-    for place, limb in enumerate(limbs):
-        sums = np.bincount(shifts, limb.astype(np.float64))
-        bins[: sums.size, place] += sums.astype(np.int64)
-    return 0.0
+def sum_of_words(words: np.ndarray[Any, Any], degree: int, dtype: np.dtype[Any]) -> PartialSum:
+    """Return what a superaccumulator holds; ``dtype`` is T."""
+    infinities, nans = words[INFINITIES : NANS + 1].tolist()
+    special = math.nan if nans else math.inf if infinities else 0.0
+    used = words[:WORDS].tobytes()
+    first = (len(used) - len(used.lstrip(b"\0"))) // 8
+    last = -(-len(used.rstrip(b"\0")) // 8)
+    units = sum(word << WORD_BITS * k for k, word in enumerate(words[first:last].tolist(), first))
+    return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)

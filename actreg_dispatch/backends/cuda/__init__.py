@@ -19,12 +19,12 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.cuda.kernels import Kernels, blocks_for, kernels_of
-from actreg_dispatch.backends.cuda.source import COUNTERS, THREADS, WORD_BITS, columns_of
+from actreg_dispatch.backends.cuda.source import THREADS, columns_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT16, FLOAT32, FLOAT64, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
-from actreg_dispatch.sums.exact import PartialSum, Total, total_of
+from actreg_dispatch.sums.exact import COUNTERS, Total, sum_of_words, total_of
 
 __all__ = ["BACKEND", "CudaBackend"]
 
@@ -54,9 +54,9 @@ class CudaBackend(Backend):
         with activations.device:
             words = _words(norm)
             launch(kernels_of(norm), "sum", words, arrays=(activations,))
-            rows = words.get().reshape(-1, COUNTERS).tolist()
+            rows = words.get().reshape(-1, COUNTERS)
         return total_of(
-            [_partial_sum(row, degree, dtype) for row, degree in zip(rows, norm.terms, strict=True)]
+            [sum_of_words(row, degree, dtype) for row, degree in zip(rows, norm.terms, strict=True)]
         )
 
     def penalty(self, activations: cupy.ndarray, norm: Norm, constants: Constants) -> cupy.ndarray:
@@ -226,14 +226,6 @@ def _results(norm: Norm, dtype: np.dtype[Any], layers: int | None = None) -> lis
     shape, compute = () if layers is None else (layers,), COMPUTE_DTYPES[dtype]
     dtypes = [compute] * (1 + norm.n_coefficients) + [np.dtype(bool)] * norm.two_pass
     return [cupy.empty(shape, each) for each in dtypes]
-
-
-def _partial_sum(row: list[int], degree: int, dtype: np.dtype[Any]) -> PartialSum:
-    """Return what the words of a superaccumulator, and its counters, stand for."""
-    *words, infinities, nans, _ = row
-    special = float("nan") if nans else float("inf") if infinities else 0.0
-    units = sum(word << WORD_BITS * k for k, word in enumerate(words))
-    return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)
 
 
 BACKEND = CudaBackend()

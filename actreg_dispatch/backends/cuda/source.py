@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 
 from actreg_dispatch.norms import Norm
+from actreg_dispatch.sums.exact import WORD_BITS, WORDS
 
 __all__ = [
-    "COUNTERS",
     "OPTIONS",
     "PREAMBLE",
     "THREADS",
-    "WORDS",
-    "WORD_BITS",
     "columns_of",
     "kernel_name",
     "preamble",
@@ -21,8 +19,6 @@ __all__ = [
 ]
 
 THREADS = 256  # of a block
-WORDS, WORD_BITS = 168, 26  # 2 * 2046 + 106 bits of the largest square, and room for carries
-COUNTERS = WORDS + 3  # of infinities, of NaN, and whether the results are certain without the words
 
 _CONSTANTS = {
     "THREADS": THREADS,

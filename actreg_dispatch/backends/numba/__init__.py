@@ -21,10 +21,12 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import drivers, functions
-from actreg_dispatch.backends.numba.addresses import Call, Plan
+from actreg_dispatch.backends.numba.addresses import SHARES, Call, Plan
+from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.compiling import kernel_of
 from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM
-from actreg_dispatch.backends.numba.rows import BLOCK, bits_of
+from actreg_dispatch.backends.numba.exact import MOST_TERMS
+from actreg_dispatch.backends.numba.rows import BLOCK
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
@@ -33,12 +35,11 @@ from actreg_dispatch.runtime.huge_pages import ask_for_huge_pages
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import (
-    PartialSum,
+    COUNTERS,
     Total,
-    limbs_of,
     outcome_of,
+    sum_of_words,
     total_of,
-    units_of,
 )
 
 __all__ = ["BACKEND", "PARALLEL_FROM", "NumbaBackend"]
@@ -59,7 +60,18 @@ class NumbaBackend(Backend):
 
     def partial_sum(self, activations: Array, norm: Norm) -> Total:
         """Return the sum, or both, that the norm takes, exactly."""
-        return total_of([_exact_sum(activations, degree) for degree in norm.terms])
+        x, terms = activations, norm.terms
+        if x.size > MOST_TERMS:
+            axis = int(np.argmax(x.shape))
+            one, other = np.array_split(x, 2, axis)
+            return self.partial_sum(one, norm) + self.partial_sum(other, norm)
+        call = _call(x, x)
+        parallel, compute = _parallel(call), COMPUTE_DTYPES[x.dtype]
+        words = np.zeros((SHARES if parallel else 1, len(terms) * COUNTERS), np.int64)
+        function = kernel_of(functions.exact_function, terms, x.dtype, call.dense)
+        kernel_of(drivers.exact_kernel, parallel)(function.address, ctypes.addressof(call), words)
+        sums = words.sum(axis=0).reshape(-1, COUNTERS)
+        return total_of([sum_of_words(*each, compute) for each in zip(sums, terms, strict=True)])
 
     def penalty(self, activations: Array, norm: Norm, constants: Constants) -> Any:
         """Return the penalty, a NumPy scalar."""
@@ -148,7 +160,7 @@ class NumbaBackend(Backend):
                 if axes not in describe:
                     if not axes:
                         return None
-                    describe[axes] = kernel_of(drivers.describing_kernel, bits, axes)
+                    describe[axes] = kernel_of(drivers.describing_kernel, bits, axes, True)
                 found = describe[axes](x, g, address, layer)
                 if found < 0:
                     return None
@@ -170,7 +182,14 @@ class NumbaBackend(Backend):
 
 def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | None = None) -> Call:
     """Return a call on arrays of any strides, which have been checked, and what it is told."""
-    call = _rows_of(x, g) if x.size else Call()  # of no blocks
+    if x.flags.c_contiguous and g.flags.c_contiguous:
+        call, bits = Call(), bits_of(x.dtype)
+        if not x.ndim:
+            x, g = x.reshape(1), g.reshape(1)
+        describe = kernel_of(drivers.describing_kernel, bits, x.ndim, g.flags.writeable)
+        describe(x.view(bits), g.view(bits), ctypes.addressof(call), 0)
+    else:
+        call = _rows_of(x, g) if x.size else Call()  # of no blocks
     if norm is not None and constants is not None:
         call.lam[: norm.n_lams] = constants.lam
         call.gradient_lam[: norm.n_lams] = constants.gradient_lam
@@ -180,14 +199,10 @@ def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | N
 
 def _rows_of(x: Array, g: Array) -> Call:
     """Return a call on the rows that both arrays are made of, in the order of memory."""
-    if not (x.flags.c_contiguous and g.flags.c_contiguous):
-        x, g = collapse(x, g)
-        *lengths, length = x.shape
-        *x_steps, x_step = x.strides
-        *g_steps, g_step = g.strides
-    else:
-        lengths, x_steps, g_steps = [], [], []
-        length, x_step, g_step = x.size, x.itemsize, x.itemsize
+    x, g = collapse(x, g)
+    *lengths, length = x.shape
+    *x_steps, x_step = x.strides
+    *g_steps, g_step = g.strides
     pieces = -(-length // BLOCK)
     all_pieces, per_block = math.prod(lengths) * pieces, max(1, BLOCK // length)
     axes = np.array([*zip(lengths, x_steps, g_steps, strict=True)], np.int64) if lengths else None
@@ -294,13 +309,6 @@ def _fused(
     if writes:
         return lambda x, g, *others: kernel(x.view(bits), g.view(bits), *others)
     return lambda x, *others: kernel(x.view(bits), *others)
-
-
-def _exact_sum(x: Array, degree: int) -> PartialSum:
-    bins = np.zeros((2046, limbs_of(degree)), np.int64)
-    call = _call(x, x)
-    special = kernel_of(functions.accumulator, degree, x.dtype)(ctypes.addressof(call), bins)
-    return PartialSum(degree, COMPUTE_DTYPES[x.dtype], units_of(bins, degree), special)
 
 
 BACKEND = NumbaBackend()

@@ -1,6 +1,7 @@
 """What drives the functions of a norm, which it calls by address, and is the same for all norms.
 
-* The *pass* runs one block function over all blocks, in series or in parallel.
+* The *pass* runs one block function over all blocks, in series or in parallel; the *exact* one runs
+  an exact function.
 * The *whole* call sums, finishes, and updates, if that is still to be done.
 * The *fused* kernel checks contiguous arrays, whose types its signature tells, and does the whole
   call; it is compiled for each number of axes.
@@ -48,6 +49,7 @@ __all__ = [
     "batch_kernel",
     "clearing_kernel",
     "describing_kernel",
+    "exact_kernel",
     "fused_kernel",
     "pass_kernel",
     "whole_function",
@@ -113,6 +115,19 @@ def pass_kernel(parallel: bool) -> Any:
         run_pass(function, address)
 
     return compile_kernel(kernel, types.void(_INT, _INT), parallel, _nrt=False)
+
+
+def exact_kernel(parallel: bool) -> Any:
+    """Compile the driver of an exact function over a call, with words for each share of it."""
+
+    def kernel(function, address, words):  # type: ignore[no-untyped-def]
+        blocks, shares = call_at(address).blocks, len(words)
+        for k in numba.prange(shares):
+            for b in range(k * blocks // shares, (k + 1) * blocks // shares):
+                call_block(function, (address, b, address_of(words[k])))
+
+    words = types.Array(_INT, 2, "C")
+    return compile_kernel(kernel, types.void(_INT, _INT, words), parallel, parallel=parallel)
 
 
 def whole_function(parallel: bool) -> Any:
@@ -215,11 +230,11 @@ def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
 # Many layers.
 
 
-def describing_kernel(dtype: np.dtype[Any], axes: int) -> Any:
-    """Compile the function that describes a layer of so many axes as one of many calls.
+def describing_kernel(dtype: np.dtype[Any], axes: int, writes: bool) -> Any:
+    """Compile the function that describes contiguous arrays of so many axes as one of many calls.
 
     It returns the number of elements, or -1 where shapes differ or an array is not aligned. Arrays
-    of another dtype or layout, and read-only gradients, are a TypeError.
+    of another dtype or layout, and gradients that are read-only if it ``writes``, are a TypeError.
     """
 
     def kernel(x, g, calls, layer):  # type: ignore[no-untyped-def]
@@ -233,8 +248,8 @@ def describing_kernel(dtype: np.dtype[Any], axes: int) -> Any:
 
     element = numba.from_dtype(dtype)
     x = types.Array(element, axes, "C", readonly=True)
-    g = types.Array(element, axes, "C")
-    return compile_kernel(kernel, _INT(x, g, _INT, _INT), dtype, axes, _nrt=False)
+    g = types.Array(element, axes, "C", readonly=not writes)
+    return compile_kernel(kernel, _INT(x, g, _INT, _INT), dtype, axes, writes, _nrt=False)
 
 
 def apartness_kernel() -> Any:

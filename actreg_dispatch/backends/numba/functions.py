@@ -2,8 +2,7 @@
 
 Of a norm there are three: a *block* function sums and updates one block of the arrays, and is the
 only one that looks at elements; *prepare* rounds λ, and *finish* tests the rounding of the sums and
-evaluates penalty and coefficients. The *accumulator*, which is a kernel of its own, sums exactly,
-into the bins of a superaccumulator (Kulisch).
+evaluates penalty and coefficients. The *exact* function adds one block to superaccumulators.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import types
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
@@ -23,12 +21,12 @@ from actreg_dispatch.backends.numba.addresses import (
     dense_row,
     strided_row,
 )
-from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
+from actreg_dispatch.backends.numba.bits import bits_of
+from actreg_dispatch.backends.numba.compiling import compile_function
+from actreg_dispatch.backends.numba.exact import no_tile, sum_exactly, tile_of
 from actreg_dispatch.backends.numba.rows import (
     BLOCK,
-    accumulate,
     add_gradient,
-    bits_of,
     load_of,
     no_gradient,
     no_update,
@@ -38,13 +36,14 @@ from actreg_dispatch.backends.numba.rows import (
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.sums.certified import PLAIN_BOUND, anchored_bound
+from actreg_dispatch.sums.exact import COUNTERS
 
 __all__ = [
     "GRADIENT",
     "NO_GRADIENT",
     "UNCERTAIN",
-    "accumulator",
     "block_function",
+    "exact_function",
     "finish_function",
     "prepare_function",
 ]
@@ -159,17 +158,27 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
     return x + start * call.x_step, g + start * call.g_step, min(BLOCK, call.length - start)
 
 
-def accumulator(degree: int, dtype: np.dtype[Any]) -> Any:
-    """Compile the exact sum over the activations of a call, into bins."""
-    squares, element = degree == 2, bits_of(dtype).type
+def exact_function(terms: tuple[int, ...], dtype: np.dtype[Any], dense: bool) -> Any:
+    """Compile what adds ``terms`` over one block of a call to superaccumulators, exactly.
 
-    def kernel(address, bins):  # type: ignore[no-untyped-def]
+    It is given what a block function is; the words of the sums are one after the other.
+    """
+    first, *others = [tile_of(degree, dtype) for degree in terms]
+    second = others[0] if others else no_tile
+    element = bits_of(dtype).type
+
+    def block(address, number, there):  # type: ignore[no-untyped-def]
         call = call_at(address)
-        special = 0.0
-        for piece in range(call.all_pieces):
+        words = dense_row(np.int64, there, COUNTERS, 8)
+        second_words = dense_row(np.int64, there + 8 * COUNTERS, COUNTERS, 8)
+        start = number * call.pieces_per_block
+        for piece in range(start, min(start + call.pieces_per_block, call.all_pieces)):
             x, _g, count = _piece(call, piece)
-            special += accumulate(strided_row(element, x, count, call.x_step), bins, squares)
-        return special
+            if dense:
+                xs = dense_row(element, x, count, call.x_step)
+            else:
+                xs = strided_row(element, x, count, call.x_step)
+            sum_exactly(xs, first, words, second, second_words)
+        return 0
 
-    signature = types.float64(types.int64, types.Array(types.int64, 2, "C"))
-    return compile_kernel(kernel, signature, degree, dtype)
+    return compile_function(block, BLOCK_SIGNATURE, terms, dtype, dense)

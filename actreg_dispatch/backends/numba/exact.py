@@ -1,0 +1,166 @@
+"""Exact sums, compiled: tiles by error-free extraction, or else every element in integers.
+
+**The tile.** Let the terms p ≥ 0 of a tile, |x| or x² rounded to binary64, be at most
+``EXACT_TERMS`` = 2¹¹, the largest of them in [2ᵉ, 2ᵉ⁺¹) and the smallest but 0 in [2ˢ, 2ˢ⁺¹). The
+anchor is M = 2ᵉ⁺². Binary64 holds the multiples of 2ᵉ⁻⁵⁰ in [M, 2M], where all of M + p lie, so
+that M + p is rounded to M + h, h a multiple of 2ᵉ⁻⁵⁰ of at most 2ᵉ⁺¹.
+
+* *Σh in integers.* The bits of M + h, read as an integer, are those of M and h / 2ᵉ⁻⁵⁰, at most
+  2⁵¹. Sums of bits wrap modulo 2⁶⁴; less as many times the bits of M, they are Σh / 2ᵉ⁻⁵⁰, at most
+  2¹¹·2⁵¹ = 2⁶².
+* *Σ(p − h) in binary64.* p − h is exact (Dekker's FastTwoSum [1]_, as M > p) and at most 2ᵉ⁻⁵¹ in
+  magnitude. A term of w bits is a multiple of 2ˢ⁻ʷ⁺¹; so are all sums of the p − h, and below
+  2¹¹·2ᵉ⁻⁵¹ = 2ᵉ⁻⁴⁰. They need 53 bits at most, and none is rounded, whatever the order, if
+  e − s ≤ 94 − w. The terms have w = 24 bits (|x| in binary32), 48 (its squares, which are exact in
+  binary64) or 53 (binary64).
+* *Few bits.* If e − s ≤ 51 − w, p is a multiple of 2ᵉ⁻⁵⁰ itself, and p − h is 0.
+* *What squares of binary64 lost.* q = p − x² is exact (fused multiply-add), at most 2ᵉ⁻⁵³ in
+  magnitude, and a multiple of 2ˢ⁻¹⁰⁵, since x² ≥ 2ˢ⁻¹ and x has 53 bits. Its anchor is 1.5·2ᵉ⁻⁵¹,
+  around which binary64 holds the multiples of 2ᵉ⁻¹⁰³: Σh is at most 2¹¹·2⁵⁰ of these in magnitude.
+  What is left of q is at most 2ᵉ⁻¹⁰⁴, and of 2¹¹ of them no sum needs more than 53 bits if
+  e − s ≤ 41, which is 94 − w.
+
+The exponents must not be so low that q, or so high that an anchor, leaves the range of binary64:
+they are those of anchored tiles (:mod:`actreg_dispatch.sums.certified`). NaN and infinity have the
+largest exponent of all. A tile that fails a check goes to the integers, element by element.
+
+**The superaccumulator** (Kulisch) is an integer in units of 2⁻²¹⁴⁸, the square of the smallest
+number, in words of :data:`~actreg_dispatch.sums.exact.WORD_BITS` = 26 bits that are carried at the
+very end (:func:`~actreg_dispatch.sums.exact.sum_of_words`). An integer of at most 54 bits, moved by
+at most 25, adds less than 2²⁷ to three words. Of one element there are at most four of them, one
+sum of 63 bits for a tile adds less, so that a word, of 63 bits and a sign, holds those of
+``MOST_TERMS`` = 2³³ elements, however short their tiles are.
+
+References
+----------
+.. [1] T. J. Dekker, "A floating-point technique for extending the available precision",
+   Numerische Mathematik 18, 1971.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba.extending import register_jitable
+
+from actreg_dispatch.backends.numba.bits import (
+    as_int,
+    exponent_of,
+    extremes,
+    power_of_two,
+    widen,
+)
+from actreg_dispatch.backends.numba.rows import absolute, plus, square
+from actreg_dispatch.dtypes import FLOAT64
+from actreg_dispatch.sums.certified import HIGHEST_EXPONENT, LOWEST_EXPONENT
+from actreg_dispatch.sums.exact import INFINITIES, NANS, WORD_BITS
+
+__all__ = ["EXACT_TERMS", "MOST_TERMS", "no_tile", "sum_exactly", "tile_of"]
+
+EXACT_TERMS = 1 << 11
+MOST_TERMS = 1 << 33
+_UNITS = 2148  # 2 to the power -_UNITS is the unit of an accumulator
+_WORD = (1 << WORD_BITS) - 1
+
+
+@cache
+def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
+    """Return the compiled function that adds Σ|x| or Σx² over a tile to words, exactly.
+
+    It takes the tile, its largest and smallest magnitude, and the words.
+    """
+    magnitude: Any = square if degree == 2 else absolute
+    digits = 53 if dtype == FLOAT64 else 24 * degree
+    has_excess, may_be_short = dtype == FLOAT64 and degree == 2, digits == 24
+
+    @register_jitable
+    def add_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
+        if largest == 0.0:
+            return
+        exponent = exponent_of(magnitude(largest)[0])
+        span = exponent - exponent_of(magnitude(smallest)[0])
+        if not (LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT and span <= 94 - digits):
+            _add_each(xs, words, degree)
+            return
+        anchor, excess_anchor = power_of_two(exponent + 2), 1.5 * power_of_two(exponent - 51)
+        high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
+        if may_be_short and span <= 51 - digits:
+            for j in range(xs.size):
+                high += as_int(magnitude(np.float64(widen(xs[j])))[0] + anchor)
+        else:
+            for j in range(xs.size):
+                term, excess = magnitude(np.float64(widen(xs[j])))
+                anchored = term + anchor
+                high += as_int(anchored)
+                low = plus(low, term - (anchored - anchor))
+                if has_excess:
+                    anchored = excess + excess_anchor
+                    excess_high += as_int(anchored)
+                    excess_low = plus(excess_low, excess - (anchored - excess_anchor))
+        _add_integer(words, high - xs.size * as_int(anchor), exponent - 50 + _UNITS)
+        _add_number(words, low)
+        if has_excess:
+            excess_high -= xs.size * as_int(excess_anchor)
+            _add_integer(words, -excess_high, exponent - 103 + _UNITS)
+            _add_number(words, -excess_low)
+
+    return add_tile
+
+
+@register_jitable
+def no_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
+    """Stand in for a second sum where there is none."""
+
+
+@register_jitable
+def sum_exactly(x, first, first_words, second, second_words):  # type: ignore[no-untyped-def]
+    """Add the terms along a row to words, of one sum or of two."""
+    for start in range(0, x.size, EXACT_TERMS):
+        xs = x[start : start + EXACT_TERMS]
+        largest, smallest = extremes(xs)
+        first(xs, largest, smallest, first_words)
+        second(xs, largest, smallest, second_words)
+
+
+@register_jitable
+def _add_each(xs, words, degree):  # type: ignore[no-untyped-def]
+    for j in range(xs.size):
+        magnitude = abs(np.float64(widen(xs[j])))
+        if not math.isfinite(magnitude):
+            words[INFINITIES if magnitude == math.inf else NANS] += 1
+            continue
+        m, shift = _decoded(magnitude)
+        if degree == 1:
+            _add_integer(words, m, shift + _UNITS // 2)
+        else:
+            low, high = m & _WORD, m >> WORD_BITS
+            _add_integer(words, low * low, 2 * shift)
+            _add_integer(words, 2 * low * high, 2 * shift + WORD_BITS)
+            _add_integer(words, high * high, 2 * shift + 2 * WORD_BITS)
+
+
+@register_jitable
+def _add_number(words, number):  # type: ignore[no-untyped-def]
+    """Add a finite number of binary64."""
+    m, shift = _decoded(number)
+    _add_integer(words, -m if number < 0.0 else m, shift + _UNITS // 2)
+
+
+@register_jitable
+def _decoded(number):  # type: ignore[no-untyped-def]
+    """Return integers m and shift of a magnitude ``m * 2**(shift - 1074)``, ``m < 2**53``."""
+    bits = as_int(number)
+    exponent, m = (bits >> 52) & 2047, bits & ((1 << 52) - 1)
+    return (m, exponent) if exponent == 0 else (m | 1 << 52, exponent - 1)
+
+
+@register_jitable
+def _add_integer(words, m, shift):  # type: ignore[no-untyped-def]
+    """Add ``m * 2**shift`` units; only the last of three pieces has a sign, if ``m`` has."""
+    k, left = divmod(shift, WORD_BITS)
+    words[k] += (m << left) & _WORD
+    words[k + 1] += (m >> (WORD_BITS - left)) & _WORD
+    words[k + 2] += m >> (2 * WORD_BITS - left)
