@@ -67,9 +67,22 @@ class Backend(ABC):
 
     # Optional, for speed.
 
-    def clear(self, gradients: Any) -> None:
-        """Fill new, contiguous gradients with zeros."""
+    def overwrite(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+        """Do :meth:`apply` as if ``gradients`` were 0, whatever they hold."""
         gradients[...] = 0
+        return self.apply(activations, gradients, norm, constants)
+
+    def set_gradient(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        constants: Constants,
+        coefficients: tuple[float, ...],
+    ) -> None:
+        """Do :meth:`add_gradient` as if ``gradients`` were 0, whatever they hold."""
+        gradients[...] = 0
+        self.add_gradient(activations, gradients, norm, constants, coefficients)
 
     def fused_kernel(
         self, norm: Norm, reduction: str, activations: np.ndarray[Any, Any], *, writes: bool
@@ -99,6 +112,20 @@ class Backend(ABC):
         The first activations are an array of NumPy; nothing else is checked. Returns the penalties
         as float64, where one may be ``NEEDS_EXACT_SUM``, or ``NOT_HANDLED`` if the gradients of
         that layer are still to be updated; None where nothing was written.
+        """
+        return None
+
+    def fused_rows(
+        self,
+        activations: np.ndarray[Any, Any],
+        gradients: np.ndarray[Any, Any] | None,
+        options: Options,
+        scale: float,
+    ) -> np.ndarray[Any, Any] | None:
+        """Do a whole call for each part along the first axis of contiguous arrays, or None.
+
+        Gradients, if there are any, are overwritten as if they were 0. What is returned is that of
+        :meth:`fused_batch`.
         """
         return None
 

@@ -33,7 +33,7 @@ from actreg_dispatch.registry import (
 )
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
-from actreg_dispatch.transfer import MovingBackend, zeros_like
+from actreg_dispatch.transfer import MovingBackend, new_like
 from actreg_dispatch.validation import check_activations, check_gradients
 
 __all__ = [
@@ -258,8 +258,10 @@ def add_gradient(
     total: Total | None,
     count: int | None,
     scale: float,
+    *,
+    overwrite: bool = False,
 ) -> None:
-    """Add the gradient of a piece to ``gradients`` in place."""
+    """Add the gradient of a piece to ``gradients`` in place, or write it there."""
     array_type, x = check_activations(activations)
     gradients = check_gradients(x, gradients, array_type)
     count = check_count(options.reduction, count)
@@ -271,10 +273,13 @@ def add_gradient(
         assert total is not None
         found = outcome_of(total, norm, constants)
         if not found.has_gradient:
+            if overwrite:
+                gradients[...] = 0
             return
         coefficients = found.coefficients
     backend = backend_for(options, array_type, x, gradients)
-    backend.add_gradient(x, gradients, norm, constants, coefficients)
+    function = backend.set_gradient if overwrite else backend.add_gradient
+    function(x, gradients, norm, constants, coefficients)
 
 
 def penalty_and_gradient(
@@ -286,7 +291,7 @@ def penalty_and_gradient(
     if out is not None:
         gradients = check_gradients(x, out, array_type, "out")
         return update(options, array_type, x, gradients, scale, overwrite=True), out
-    gradient = zeros_like(x, array_type)
+    gradient = new_like(x, array_type)
     penalty = dispatcher.apply(x, gradient, scale)
     if penalty is None:
         penalty = update(options, array_type, x, gradient, scale)
@@ -302,17 +307,11 @@ def update(
     *,
     overwrite: bool = False,
 ) -> Any:
-    """Do :func:`apply` for checked arrays, to zero gradients if they are to be overwritten."""
+    """Do :func:`apply` for checked arrays, or ``overwrite`` the gradients as if they were 0."""
     constants = checked_constants(options, x, scale)
     backend = backend_for(options, array_type, x, gradients)
-    if overwrite and isinstance(backend, MovingBackend):  # which may fail on the way there
-        new = zeros_like(gradients, array_type)
-        penalty = backend.apply(x, new, options.norm, constants)
-        gradients[...] = new
-        return penalty
-    if overwrite:
-        gradients[...] = 0
-    return backend.apply(x, gradients, options.norm, constants)
+    function = backend.overwrite if overwrite else backend.apply
+    return function(x, gradients, options.norm, constants)
 
 
 def penalty_exactly(options: Options, activations: Any) -> Any:

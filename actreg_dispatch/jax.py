@@ -32,10 +32,12 @@ import numpy as np
 from actreg_dispatch.derivatives import gradient_expression
 from actreg_dispatch.dtypes import compute_dtype, round_to
 from actreg_dispatch.errors import BackendUnavailableError
+from actreg_dispatch.layers import penalties_of_rows
 from actreg_dispatch.norms import signed_by_type, sqrt
 from actreg_dispatch.options import Options, check_scale, constants_of, count_of
-from actreg_dispatch.registry import get_backend, requested
+from actreg_dispatch.registry import requested
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
+from actreg_dispatch.runtime.huge_pages import FROM_BYTES, ask_for_huge_pages
 from actreg_dispatch.sums.exact import Total
 
 try:
@@ -357,7 +359,6 @@ def _callback(
 ) -> Callable[..., Any]:
     """Return the function of traced arrays that computes on the host."""
     kept = _subnormals_kept()
-    clear = get_backend("numba").clear  # which can run here, as kept can
     reg = _regularization(options)
     # What the choice of a backend may raise is raised here; a callback must not.
     zeros = (0.0,) * len(options.lam)
@@ -367,14 +368,34 @@ def _callback(
     if with_gradient:
         results.append(jax.ShapeDtypeStruct(shape, dtype))
 
+    def fill_at_once(out: Any, x: Any, scale: Any) -> bool:
+        """Compute all examples by one function if they are contiguous and have one scale.
+
+        Or none, of a single small one, which is quicker by itself.
+        """
+        if not out[0].shape and x.nbytes < FROM_BYTES:
+            return False
+        if not (x.flags.c_contiguous and x.size and np.all(scale == scale.flat[0])):
+            return False
+        examples = (-1, *shape)
+        gradients = out[1].reshape(examples) if with_gradient else None
+        if gradients is not None:
+            ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
+        found = penalties_of_rows(reg.options, x.reshape(examples), gradients, scale.flat[0])
+        if found is not None:
+            out[0][...] = found.reshape(out[0].shape)
+        return found is not None
+
     def fill(out: Any, x: Any, scale: Any) -> None:
         """Compute each example of a batch; under ``vmap`` there are axes before those of one."""
         batch = out[0].shape
         x = np.broadcast_to(x, batch + shape)
-        scale = np.broadcast_to(scale, batch)
         with kept():
+            if fill_at_once(out, x, scale):
+                return
+            scale = np.broadcast_to(scale, batch)
             if with_gradient:
-                clear(out[1])
+                out[1][...] = 0
             for index in np.ndindex(batch):
                 example = (*index, ...)
                 if with_gradient:

@@ -25,7 +25,7 @@ from actreg_dispatch.sums.extended import binary64
 from actreg_dispatch.transfer import on_device_of
 from actreg_dispatch.validation import check_activations, check_apart, check_gradients
 
-__all__ = ["Penalties", "apply_all"]
+__all__ = ["Penalties", "apply_all", "penalties_of_rows"]
 
 
 _SEQUENCES = (list, tuple)
@@ -106,14 +106,38 @@ def _fused_batch(
     if penalties is None:
         return None
     choose(NUMPY, dtype, options.backend)  # once more, to log it
-    layers, values = list(penalties.astype(compute)), penalties.tolist()
-    for k, value in enumerate(values) if min(values) < 0.0 else ():
-        if value == NEEDS_EXACT_SUM:
-            layers[k] = penalty_exactly(options, xs[k])
-        elif value == NOT_HANDLED:
-            layers[k] = update(options, NUMPY, xs[k], gs[k], scale)
-        values[k] = float(layers[k])
-    return _sum_of(values, compute), layers
+    _complete(penalties, options, xs, gs, scale)
+    return _sum_of(penalties.tolist(), compute), list(penalties.astype(compute))
+
+
+def _complete(penalties: Any, options: Options, xs: Any, gs: Any, scale: float) -> None:
+    """Find what a fused batch has left open."""
+    if min(penalties.tolist()) >= 0.0:  # as usual, and quicker than NumPy
+        return
+    for k in np.flatnonzero(penalties < 0.0).tolist():
+        if penalties[k] == NEEDS_EXACT_SUM:
+            penalties[k] = penalty_exactly(options, xs[k])
+        elif penalties[k] == NOT_HANDLED:
+            penalties[k] = update(options, NUMPY, xs[k], gs[k], scale)
+
+
+def penalties_of_rows(
+    options: Options,
+    activations: np.ndarray[Any, Any],
+    gradients: np.ndarray[Any, Any] | None,
+    scale: float,
+) -> np.ndarray[Any, Any] | None:
+    """Return a penalty for each part along the first axis, all by one compiled function, or None.
+
+    Arrays are contiguous, native and apart; gradients, if any, are overwritten.
+    """
+    backend, target = choose(NUMPY, activations.dtype, options.backend)
+    if target != NUMPY:
+        return None
+    penalties = backend.fused_rows(activations, gradients, options, scale)
+    if penalties is not None:
+        _complete(penalties, options, activations, gradients, scale)
+    return penalties
 
 
 def _checked_batch(

@@ -18,7 +18,7 @@ from actreg_dispatch.options import Constants
 from actreg_dispatch.registry import CUPY, NUMPY
 from actreg_dispatch.sums.exact import Total
 
-__all__ = ["MovingBackend", "move", "on_device_of", "zeros_like"]
+__all__ = ["MovingBackend", "move", "new_like", "on_device_of"]
 
 
 def move(array: Any, source: str, target: str) -> Any:
@@ -89,6 +89,13 @@ class MovingBackend(Backend):
         self._backend.add_gradient(self._moved(activations), moved, norm, constants, coefficients)
         self._write_back(moved, gradients)
 
+    def overwrite(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+        """Do :meth:`apply` as if ``gradients`` were 0; nothing is written if it fails."""
+        zeros = new_like(gradients, self._source)
+        result = self.apply(activations, zeros, norm, constants)
+        gradients[...] = zeros
+        return result
+
     def _moved(self, array: Any) -> Any:
         return move(array, self._source, self._target)
 
@@ -106,12 +113,16 @@ def on_device_of(array: Any, array_type: str) -> Any:
     return array.device if array_type == CUPY else contextlib.nullcontext()
 
 
-def zeros_like(array: Any, array_type: str) -> Any:
-    """Return zeros of the shape, dtype, order and device of ``array``."""
+def new_like(array: Any, array_type: str, make: str = "zeros") -> Any:
+    """Return an array of the shape, dtype, order and device of ``array``, which ``make`` makes.
+
+    That is the name of a function of the array's library, ``"zeros"`` or ``"empty"``.
+    """
     if array_type not in (NUMPY, CUPY):
         if not hasattr(array, "__array_namespace__"):  # of the array API standard
             raise TypeError(f"a gradient for a {array_type} cannot be made; pass an array as out")
-        return array.__array_namespace__().zeros_like(array)
+        return getattr(array.__array_namespace__(), f"{make}_like")(array)
     order: Any = "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
+    module = sys.modules[array_type.partition(".")[0]]
     with on_device_of(array, array_type):
-        return sys.modules[array_type.partition(".")[0]].zeros(array.shape, array.dtype, order)
+        return getattr(module, make)(array.shape, array.dtype, order)

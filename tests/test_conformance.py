@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose, assert_array_equal
 
-from actreg_dispatch import ActivityNorm
+from actreg_dispatch import ActivityNorm, dispatch
 from actreg_dispatch.oracle import exact_result, exact_sum
 
 DTYPES = (np.float32, np.float64)
@@ -341,6 +341,28 @@ def test_out_is_overwritten_wherever_it_lies(backend, norm):
     assert_array_equal(backend.host(out), backend.host(gradient))
     assert np.isnan(backend.host(room)[:, 1::2]).all()
     assert_array_equal(backend.host(activations), values)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@norms
+def test_gradients_are_written_over_whatever_is_there(backend, norm, dtype):
+    values = np.where(np.arange(48) % 5, np.linspace(-2.0, 2.0, 48), -0.0).reshape(6, 8)
+    options = backend.regularization(0.1, norm).options
+    for rows in (values, np.zeros((6, 8))):
+        x = backend.array(rows.astype(dtype))
+        expected = backend.array(np.zeros((6, 8), dtype))
+        penalty = backend.regularization(0.1, norm).apply(x, expected)
+        total = backend.regularization(0.1, norm).partial_sum(x)
+        room = backend.array(np.full((12, 16), np.nan, dtype))
+        for out in (room[:6, :8], room[::2, ::2], room.T[::2, ::2].T):
+            room[...] = np.nan
+            dispatch.add_gradient(options, x, out, total, None, 1.0, overwrite=True)
+            assert backend.host(out).tobytes() == backend.host(expected).tobytes()
+            room[...] = np.nan
+            found = backend.regularization(0.1, norm).penalty_and_gradient(x, out)[0]
+            assert backend.host(found).tobytes() == backend.host(penalty).tobytes()
+            assert backend.host(out).tobytes() == backend.host(expected).tobytes()
+            assert np.isnan(backend.host(room)).sum() == 12 * 16 - 48
 
 
 @one_sum

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.testing import assert_array_equal
 
 from actreg_dispatch import (
     ActivityNorm,
@@ -18,6 +19,7 @@ from actreg_dispatch import (
     UnknownBackendError,
     get_backend,
 )
+from actreg_dispatch.layers import penalties_of_rows
 from actreg_dispatch.norms import NORMS
 from actreg_dispatch.options import Constants
 from actreg_dispatch.oracle import binary64, exact_sum
@@ -440,3 +442,42 @@ def test_as_many_launches_for_all_layers_as_for_one(cupy, monkeypatch, norm, cer
     assert cuda.BACKEND.apply_batch(xs, gs, norm, [Constants(lam, lam, 0.0)] * 20)
     assert len(calls) == 2 + norm.two_pass + 2 * certified
     assert all((g != 0).all() for g in gs)
+
+
+# Rows of one array.
+
+
+def rows_of(kind, dtype):
+    rows = np.random.default_rng(3).normal(size=(7, 4, 6))
+    if kind == "odd":
+        rows[1] = 0.0
+        rows[2, 1, 1], rows[3, 0, 0] = np.nan, np.inf
+        rows[4] = 0.0
+        rows[4, :2, 0] = 1.0, 2.0 ** (-53 if dtype is np.float64 else -24)  # a tie, of L1
+        rows[5, 3, 3] = 0.0
+    return rows.astype(dtype)
+
+
+@norms
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize("kind", ["usual", "odd", "long"])
+def test_rows_are_done_as_in_a_loop_over_zeros(norm, reduction, dtype, kind):
+    x = rows_of(kind, dtype)
+    if kind == "long":
+        x = np.repeat(x.reshape(7, 24), 700, axis=1)
+    options = ActivityRegularization(0.1, norm, reduction=reduction).options
+    expected = np.zeros_like(x)
+    reg = ActivityRegularization.from_options(options)
+    penalties = [reg.apply(*row, scale=-2.0) for row in zip(x, expected, strict=True)]
+    for gradients in (None, np.full_like(x, np.nan)):
+        found = penalties_of_rows(options, x, gradients, -2.0)
+        assert_array_equal(found.astype(penalties[0].dtype), penalties)
+        if gradients is not None:
+            assert gradients.tobytes() == expected.tobytes()
+
+
+def test_rows_of_other_backends_are_not_taken():
+    x = np.ones((2, 3))
+    options = ActivityRegularization(0.1, "l1", backend="numpy").options
+    assert penalties_of_rows(options, x, None, 1.0) is None

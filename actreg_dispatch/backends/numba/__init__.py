@@ -31,7 +31,6 @@ from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import REDUCTIONS, Constants, Options
-from actreg_dispatch.runtime.huge_pages import ask_for_huge_pages
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import (
@@ -90,9 +89,7 @@ class NumbaBackend(Backend):
         coefficients: tuple[float, ...],
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
-        call = _call(activations, gradients, norm, constants)
-        call.coefficients[: norm.n_coefficients] = coefficients
-        _run(call, _updating(norm, activations.dtype, call.dense))
+        _update(activations, gradients, norm, constants, coefficients, overwrites=False)
 
     def quick_sum(
         self,
@@ -110,14 +107,24 @@ class NumbaBackend(Backend):
             call, block = _call(activations, gradients, norm, constants), _updating
         return _run(call, block(norm, activations.dtype, call.dense))[: 2 * len(norm.terms)]
 
-    def clear(self, gradients: Array) -> None:
-        """Fill contiguous gradients with zeros, large ones by all threads; best if they are new."""
-        if gradients.size >= PARALLEL_FROM:
-            ask_for_huge_pages(gradients.ctypes.data, gradients.nbytes)
-            if may_use_threads():
-                kernel_of(drivers.clearing_kernel)(gradients.reshape(-1).view(np.uint8))
-                return
-        gradients[...] = 0
+    def overwrite(
+        self, activations: Array, gradients: Array, norm: Norm, constants: Constants
+    ) -> Any:
+        """Do :meth:`apply` as if ``gradients`` were 0, whatever they hold."""
+        if norm.two_pass:  # and so may have no gradient
+            return super().overwrite(activations, gradients, norm, constants)
+        return _whole(activations, gradients, norm, constants, writes=True, overwrites=True)
+
+    def set_gradient(
+        self,
+        activations: Array,
+        gradients: Array,
+        norm: Norm,
+        constants: Constants,
+        coefficients: tuple[float, ...],
+    ) -> None:
+        """Do :meth:`add_gradient` as if ``gradients`` were 0, whatever they hold."""
+        _update(activations, gradients, norm, constants, coefficients, overwrites=True)
 
     def fused_kernel(
         self, norm: Norm, reduction: str, activations: Array, *, writes: bool
@@ -169,15 +176,40 @@ class NumbaBackend(Backend):
             return None
         if not kernel_of(drivers.apartness_kernel)(address, layers):
             return None
-        norm, parallel = options.norm, size >= PARALLEL_FROM and may_use_threads()
-        kernel = kernel_of(drivers.batch_kernel, norm.n_lams, parallel)
-        plan = ctypes.addressof(_plan(norm, dtype, writes=True))
-        lam = options.lam if norm.n_lams > 1 else options.lam[0]
-        reduction = REDUCTIONS.index(options.reduction)
-        epsilon = math.nan if options.epsilon is None else options.epsilon
-        penalties = np.empty(layers)
-        taken = kernel(plan, address, layers, lam, reduction, scale, epsilon, penalties)
-        return penalties if taken else None
+        return _batch(calls, size, _plan(options.norm, dtype, writes=True), options, scale)
+
+    def fused_rows(
+        self, activations: Array, gradients: Array | None, options: Options, scale: float
+    ) -> Array | None:
+        """Do a whole call for each part along the first axis of contiguous arrays."""
+        norm, bits, rows = options.norm, bits_of(activations.dtype), len(activations)
+        overwrites = gradients is not None and not norm.two_pass
+        if gradients is not None and not overwrites:  # there may be no gradient
+            gradients[...] = 0
+        calls = (Call * rows)()
+        shape = rows, activations.size // max(1, rows)
+        x, g = (
+            array.view(bits).reshape(shape)
+            for array in (activations, activations if gradients is None else gradients)
+        )
+        samples = activations.shape[1] if activations.ndim > 1 else 1
+        kernel_of(drivers.rows_kernel, bits)(x, g, samples, ctypes.addressof(calls))
+        plan = _plan(norm, activations.dtype, writes=gradients is not None, overwrites=overwrites)
+        return _batch(calls, x.size, plan, options, scale)
+
+
+def _batch(calls: Any, size: int, plan: Plan, options: Options, scale: float) -> Array | None:
+    """Do calls of so many elements in all, and return their penalties, or None."""
+    norm, parallel = options.norm, size >= PARALLEL_FROM and may_use_threads()
+    kernel = kernel_of(drivers.batch_kernel, norm.n_lams, parallel)
+    lam = options.lam if norm.n_lams > 1 else options.lam[0]
+    epsilon = math.nan if options.epsilon is None else options.epsilon
+    penalties = np.empty(len(calls))
+    taken = kernel(
+        *(ctypes.addressof(plan), ctypes.addressof(calls), len(calls), lam),
+        *(REDUCTIONS.index(options.reduction), scale, epsilon, penalties),
+    )
+    return penalties if taken else None
 
 
 def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | None = None) -> Call:
@@ -225,11 +257,35 @@ def _parallel(call: Call) -> bool:
     return call.size >= PARALLEL_FROM and may_use_threads()
 
 
-def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool) -> Any:
+def _update(
+    x: Array,
+    g: Array,
+    norm: Norm,
+    constants: Constants,
+    coefficients: tuple[float, ...],
+    *,
+    overwrites: bool,
+) -> None:
+    call = _call(x, g, norm, constants)
+    call.coefficients[: norm.n_coefficients] = coefficients
+    _run(call, _updating(norm, x.dtype, call.dense, overwrites))
+
+
+def _whole(
+    x: Array,
+    g: Array,
+    norm: Norm,
+    constants: Constants,
+    *,
+    writes: bool,
+    overwrites: bool = False,
+) -> Any:
     """Do a whole call, once more in integers if its sum takes them, and return the penalty."""
     call = _call(x, g, norm, constants)
     parallel = _parallel(call)
-    plan = _plan(norm, x.dtype, writes=writes, dense=call.dense, parallel=parallel)
+    plan = _plan(
+        norm, x.dtype, writes=writes, overwrites=overwrites, dense=call.dense, parallel=parallel
+    )
     whole = kernel_of(drivers.whole_function, parallel).ctypes
     penalty = whole(ctypes.addressof(plan), ctypes.addressof(call))
     if penalty < 0.0:
@@ -242,16 +298,16 @@ def _whole(x: Array, g: Array, norm: Norm, constants: Constants, *, writes: bool
 
 def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
     """Return the block function that sums, whatever the norm."""
-    return kernel_of(functions.block_function, norm.terms, None, dtype, dense)
+    return kernel_of(functions.block_function, norm.terms, None, dtype, dense, False)
 
 
-def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
+def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool, overwrites: bool = False) -> Any:
     """Return the block function that updates, and sums, if that is all in one pass.
 
     Where only the update is needed, the sum costs nothing once memory is the limit.
     """
     terms = () if norm.two_pass else norm.terms
-    return kernel_of(functions.block_function, terms, norm, dtype, dense)
+    return kernel_of(functions.block_function, terms, norm, dtype, dense, overwrites)
 
 
 def _plan(
@@ -259,23 +315,30 @@ def _plan(
     dtype: np.dtype[Any],
     *,
     writes: bool,
+    overwrites: bool = False,
     dense: bool = True,
     parallel: bool = False,
     reduction: str = "sum",
 ) -> Plan:
     """Return how such calls are done."""
-    key = norm, dtype, writes, dense, parallel, reduction
+    key = norm, dtype, writes, overwrites, dense, parallel, reduction
     return kernel_of(_compiled_plan, *key)  # type: ignore[no-any-return]
 
 
 def _compiled_plan(
-    norm: Norm, dtype: np.dtype[Any], writes: bool, dense: bool, parallel: bool, reduction: str
+    norm: Norm,
+    dtype: np.dtype[Any],
+    writes: bool,
+    overwrites: bool,
+    dense: bool,
+    parallel: bool,
+    reduction: str,
 ) -> Plan:
     compute = COMPUTE_DTYPES[dtype]
-    sums_first = norm.two_pass or not writes
+    summing = _summing(norm, dtype, dense) if norm.two_pass or not writes else None
+    updating = _updating(norm, dtype, dense, overwrites) if writes else None
     whole = kernel_of(drivers.whole_function, parallel)
-    first = (_summing if sums_first else _updating)(norm, dtype, dense)
-    second = _updating(norm, dtype, dense) if norm.two_pass and writes else None
+    first, second = (summing, updating) if summing else (updating, None)
     prepare = kernel_of(functions.prepare_function, norm, compute)
     finish = kernel_of(functions.finish_function, norm, compute)
     used = whole, first, second, prepare, finish

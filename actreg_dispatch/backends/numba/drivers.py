@@ -47,11 +47,11 @@ __all__ = [
     "PARALLEL_FROM",
     "apartness_kernel",
     "batch_kernel",
-    "clearing_kernel",
     "describing_kernel",
     "exact_kernel",
     "fused_kernel",
     "pass_kernel",
+    "rows_kernel",
     "whole_function",
 ]
 
@@ -61,7 +61,6 @@ __all__ = [
 PARALLEL_FROM = 30_000
 
 _CALL_BYTES = ctypes.sizeof(Call)
-_PAGES = 1 << 18  # bytes that one thread clears at a time
 _INT, _FLOAT, _REAL = types.int64, types.float64, np.float64
 
 
@@ -252,6 +251,23 @@ def describing_kernel(dtype: np.dtype[Any], axes: int, writes: bool) -> Any:
     return compile_kernel(kernel, _INT(x, g, _INT, _INT), dtype, axes, writes, _nrt=False)
 
 
+def rows_kernel(dtype: np.dtype[Any]) -> Any:
+    """Compile the function that describes each row of contiguous arrays as one of many calls.
+
+    It is given the length of the first axis of what a row stands for, and the first call.
+    """
+
+    def kernel(x, g, samples, calls):  # type: ignore[no-untyped-def]
+        rows, length = x.shape
+        for row in range(rows):
+            call, start = call_at(calls + row * _CALL_BYTES), row * length * x.itemsize
+            _describe(call, address_of(x) + start, address_of(g) + start, length, x.itemsize)
+            call.samples = samples
+
+    rows = types.Array(numba.from_dtype(dtype), 2, "C", readonly=True)
+    return compile_kernel(kernel, types.void(rows, rows, _INT, _INT), dtype, _nrt=False)
+
+
 def apartness_kernel() -> Any:
     """Compile the function that says whether no gradients share memory with anything.
 
@@ -353,16 +369,3 @@ def _layers_in_parallel(function, calls, layer_of, before):  # type: ignore[no-u
     for b in numba.prange(layer_of.size):
         _block_of_layers(function, calls, layer_of, before, parts, b)
     return parts
-
-
-# Zeros.
-
-
-def clearing_kernel() -> Any:
-    """Compile what fills bytes with zeros in parallel."""
-
-    def kernel(g):  # type: ignore[no-untyped-def]
-        for b in numba.prange(-(-g.size // _PAGES)):
-            g[b * _PAGES : (b + 1) * _PAGES] = 0
-
-    return compile_kernel(kernel, types.void(types.Array(types.uint8, 1, "C")), parallel=True)

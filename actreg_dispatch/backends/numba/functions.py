@@ -30,6 +30,7 @@ from actreg_dispatch.backends.numba.rows import (
     load_of,
     no_gradient,
     no_update,
+    set_gradient,
     store_of,
     summing_of,
 )
@@ -52,18 +53,22 @@ UNCERTAIN, NO_GRADIENT, GRADIENT = 0, 1, 2  # what finish returns
 
 
 def block_function(
-    terms: tuple[int, ...], norm: Norm | None, dtype: np.dtype[Any], dense: bool
+    terms: tuple[int, ...],
+    norm: Norm | None,
+    dtype: np.dtype[Any],
+    dense: bool,
+    overwrites: bool,
 ) -> Any:
     """Compile what sums ``terms``, if there are any, over one block of a call.
 
-    It adds the gradient of ``norm`` on the way, if there is one. The elements of a row are next to
-    each other in both arrays if they are ``dense``. It is given the call, the number of the block,
-    and where the total goes, and returns 0.
+    It adds the gradient of ``norm`` on the way, if there is one, or ``overwrites`` what is there.
+    The elements of a row are next to each other in both arrays if they are ``dense``. It is given
+    the call, the number of the block, and where the total goes, and returns 0.
     """
     sum_row, zero, _, magnitude = summing_of(terms, dtype)
     n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
     load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
-    update = add_gradient if norm else no_update
+    update = (set_gradient if overwrites else add_gradient) if norm else no_update
     gradient = register_jitable(norm.gradient) if norm else no_gradient
     real: Any = COMPUTE_DTYPES[dtype].type
     element = bits_of(dtype).type
@@ -87,7 +92,8 @@ def block_function(
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
         return 0
 
-    return compile_function(block, BLOCK_SIGNATURE, terms, norm and norm.source, dtype, dense)
+    key = terms, norm and norm.source, dtype, dense, overwrites
+    return compile_function(block, BLOCK_SIGNATURE, *key)
 
 
 def prepare_function(norm: Norm, compute: np.dtype[Any]) -> Any:

@@ -49,6 +49,7 @@ __all__ = [
     "no_gradient",
     "no_update",
     "plus",
+    "set_gradient",
     "square",
     "store_of",
     "summing_of",
@@ -78,7 +79,8 @@ def square(value):  # type: ignore[no-untyped-def]
     return rounded, -multiply_add(value, value, -rounded)
 
 
-# Updates: add the gradient at x to g[j]; λ and coefficients are tuples of the compute dtype.
+# Updates: add the gradient at x to g[j], or write it there; λ and coefficients are tuples of the
+# compute dtype.
 
 
 @register_jitable
@@ -90,6 +92,12 @@ def no_update(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
 def add_gradient(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Add, rounding after every operation."""
     g[j] = narrow(g[j], widen(g[j]) + gradient(x, lam, c))
+
+
+@register_jitable
+def set_gradient(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
+    """Do :func:`add_gradient` as if the gradients were 0."""
+    g[j] = narrow(g[j], type(x)(0.0) + gradient(x, lam, c))
 
 
 @overload(signed)
