@@ -169,6 +169,33 @@ def test_autograd_notices_that_a_saved_tensor_was_written(operation):
         loss.backward()
 
 
+@norms
+def test_every_backward_has_a_gradient_of_its_own(norm):
+    reg, leaf = ActivityRegularization(0.1, norm), normal(4, 3).requires_grad_()
+    _, once = reg.penalty_and_gradient(leaf.detach())
+    loss = reg.penalty(leaf)
+    loss.backward(retain_graph=True)
+    first = leaf.grad
+    assert torch.equal(first, once)
+    leaf.grad = None
+    reg.lam = 5.0
+    loss.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, once)
+    assert leaf.grad.data_ptr() != first.data_ptr()
+    loss.backward()
+    assert torch.equal(leaf.grad, once + once)
+    assert torch.equal(first, once)
+
+
+def test_what_changed_since_the_penalty_has_no_gradient():
+    leaf = torch.ones(3, requires_grad=True)
+    loss = ActivityRegularization.l1(0.5).penalty(leaf)
+    with torch.no_grad():
+        leaf.mul_(-1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_reading_is_no_change():
     leaf = torch.ones(3, requires_grad=True)
     saved = leaf.exp()

@@ -85,6 +85,8 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
     The gradient is that of ``reg.penalty_and_gradient(activations, scale=g)`` to the bit, where g
     is the gradient that comes in. So a scaled loss is honoured, and infinity and NaN propagate.
     Backward waits for a g that lies on a device; :class:`ActivityRegularizer` needs not.
+    On the CPU, the gradient of activations below 4 MiB is found with the penalty, for g = 1, and
+    kept for backward.
 
     Second and higher derivatives, forward-mode AD (not inside itself) and the transforms of
     ``torch.func`` work. Derivatives beyond the gradient are PyTorch's arithmetic, so that their

@@ -17,6 +17,7 @@ from actreg_dispatch.derivatives import gradient_expression
 from actreg_dispatch.norms import signed_by_type, sqrt
 from actreg_dispatch.options import constants_of, count_of
 from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.runtime.huge_pages import FROM_BYTES
 from actreg_dispatch.torch.memory import (
     DTYPES,
     as_tensor,
@@ -46,7 +47,15 @@ def penalty_value(reg: ActivityRegularization, activations: torch.Tensor) -> tor
 
 def differentiable_penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
     """Return the penalty, which requires grad if the activations do."""
-    found: torch.Tensor = _differentiable(_Penalty, reg, activations)
+    if transformed():
+        function = _Penalty.apply
+    elif not (activations.requires_grad and torch.is_grad_enabled()):
+        function = penalty_value
+    elif activations.is_cpu and activations.nbytes < FROM_BYTES:
+        function = _PenaltyOfFew.apply
+    else:
+        function = _Penalty.apply
+    found: torch.Tensor = function(reg, activations)
     return found
 
 
@@ -146,6 +155,29 @@ class _Penalty(_Regularizing):
         return _sample_by_sample(_Penalty, info, in_dims, *arguments)
 
 
+class _PenaltyOfFew(_Regularizing):
+    """The penalty of so few activations that the time goes to Python: the gradient is found, too.
+
+    It is that of an incoming gradient of 1, the usual one. Not for transforms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+        x = plain("activations", activations)
+        ctx.gradient = torch.zeros_like(x)
+        ctx.reg, ctx.lam = reg, reg.lam
+        ctx.save_for_backward(activations)
+        return as_tensor(reg.apply(view(x), view(ctx.gradient)), x)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        _ = ctx.saved_tensors  # complains if the activations have changed
+        gradient, ctx.gradient = ctx.gradient, None  # which now belongs to whom it is given
+        if gradient is None or torch.is_grad_enabled() or incoming.item() != 1.0:
+            return _Penalty.backward(ctx, incoming)
+        return None, gradient
+
+
 class _Gradient(_Regularizing):
     """``gradients``, or zeros, plus ``scale`` times the gradient of the penalty."""
 
@@ -157,9 +189,17 @@ class _Gradient(_Regularizing):
         gradients: torch.Tensor | None,
     ) -> torch.Tensor:
         x = plain("activations", activations)
-        updated = new_like(x).zero_() if gradients is None else new_like(gradients).copy_(gradients)
-        update(reg, x, plain("gradients", updated), float(scale))
-        return updated
+        if gradients is not None:
+            updated = new_like(gradients).copy_(gradients)
+            update(reg, x, plain("gradients", updated), float(scale))
+            return updated
+        gradient = new_like(x)
+        with stream_of(x):
+            if x.nbytes < FROM_BYTES:
+                reg.apply(view(x), view(gradient.zero_()), scale=float(scale))
+            else:
+                reg.penalty_and_gradient(view(x), view(gradient), scale=float(scale))
+        return gradient
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
