@@ -34,10 +34,14 @@ def test_links_lead_to_files(page):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_an_example_of_the_documents_runs(block, tmp_path, monkeypatch):
+def test_an_example_of_the_documents_runs(block, tmp_path, monkeypatch, python):
     for library in ("jax", "torch"):  # which are not installed for the tests
         if re.search(rf"^import {library}\b", block, re.MULTILINE):
             pytest.importorskip(library)
+    if "__main__" in block:  # of several processes
+        (tmp_path / "example.py").write_text(block, encoding="utf-8")
+        python(str(tmp_path / "example.py"))
+        return
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "example", "exec"), {})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,6 +81,18 @@ def test_tiles_of_every_span(dtype, spans, size, exponent, seed):
     check((values * rng.choice([-1, 1], size)).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("share", [0.001, 0.3, 1.0])
+def test_terms_that_are_too_small_for_a_tile(dtype, share):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=3 * EXACT_TERMS + 7)
+    small = rng.random(values.size) < share
+    exponents = rng.integers(-110, -15, values.size)
+    check(np.where(small, np.ldexp(values, exponents), values).astype(dtype))
+    if dtype is np.float64:  # whose squares underflow
+        check(np.where(small, np.ldexp(values, 9 * exponents), values))
+
+
 @pytest.mark.parametrize(
     "exponent", [-538, -537, -512, -495, -490, -470, -451, -450, 506, 507, 510, 511]
 )
@@ -132,3 +147,18 @@ def test_more_terms_than_words_hold_are_summed_in_parts(monkeypatch, shape):
 def test_shares_of_threads_add_up():
     check(np.random.default_rng(0).normal(size=200_001).astype(np.float32))
     check(np.random.default_rng(0).normal(size=(2, 60_001)).T[::2])
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pickles_are_small_and_equal(dtype, protocol):
+    values = np.random.default_rng(0).normal(size=10_000).astype(dtype)
+    pair = get_backend("numba").partial_sum(values, BOTH)
+    for total, most in ((pair, 200), (pair.absolute, 100), (pair.squares, 110)):
+        pickled = pickle.dumps(total, protocol)
+        assert pickle.loads(pickled) == total
+        assert len(pickled) <= most + 30 * (protocol < 4)
+        assert copy.deepcopy(total) == total
+    for value in (0.0, np.inf):
+        total = get_backend("numba").partial_sum(np.full(3, value, dtype), BOTH)
+        assert pickle.loads(pickle.dumps(total, protocol)) == total

@@ -1,4 +1,4 @@
-"""Exact sums, compiled: tiles by error-free extraction, or else every element in integers.
+"""Exact sums, compiled: tiles by error-free extraction, and what does not fit in integers.
 
 **The tile.** Let the terms p ≥ 0 of a tile, |x| or x² rounded to binary64, be at most
 ``EXACT_TERMS`` = 2¹¹, the largest of them in [2ᵉ, 2ᵉ⁺¹) and the smallest but 0 in [2ˢ, 2ˢ⁺¹). The
@@ -20,9 +20,12 @@ that M + p is rounded to M + h, h a multiple of 2ᵉ⁻⁵⁰ of at most 2ᵉ⁺
   What is left of q is at most 2ᵉ⁻¹⁰⁴, and of 2¹¹ of them no sum needs more than 53 bits if
   e − s ≤ 41, which is 94 − w.
 
+So what spoils a tile are terms that are too small, below 2ᵉ⁻⁹⁴⁺ʷ: they are left out of it, and
+added to the superaccumulator element by element, as integers.
+
 The exponents must not be so low that q, or so high that an anchor, leaves the range of binary64:
-they are those of anchored tiles (:mod:`actreg_dispatch.sums.certified`). NaN and infinity have the
-largest exponent of all. A tile that fails a check goes to the integers, element by element.
+they are those of anchored tiles (:mod:`actreg_dispatch.sums.certified`). All elements of other
+tiles are added as integers. NaN and infinity have the largest exponent of all.
 
 **The superaccumulator** (Kulisch) is an integer in units of 2⁻²¹⁴⁸, the square of the smallest
 number, in words of :data:`~actreg_dispatch.sums.exact.WORD_BITS` = 26 bits that are carried at the
@@ -75,31 +78,34 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
     magnitude: Any = square if degree == 2 else absolute
     digits = 53 if dtype == FLOAT64 else 24 * degree
     has_excess, may_be_short = dtype == FLOAT64 and degree == 2, digits == 24
+    extract_all, extract_most = (_extraction(magnitude, has_excess, cuts) for cuts in (False, True))
 
     @register_jitable
     def add_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
         if largest == 0.0:
             return
         exponent = exponent_of(magnitude(largest)[0])
-        span = exponent - exponent_of(magnitude(smallest)[0])
-        if not (LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT and span <= 94 - digits):
-            _add_each(xs, words, degree)
+        if not LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
+            for j in range(xs.size):
+                _add_element(words, xs[j], degree)
             return
+        span = exponent - exponent_of(magnitude(smallest)[0])
         anchor, excess_anchor = power_of_two(exponent + 2), 1.5 * power_of_two(exponent - 51)
-        high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
+        least = power_of_two(exponent - (94 - digits))
         if may_be_short and span <= 51 - digits:
+            high = 0
             for j in range(xs.size):
                 high += as_int(magnitude(np.float64(widen(xs[j])))[0] + anchor)
+            _add_integer(words, high - xs.size * as_int(anchor), exponent - 50 + _UNITS)
+            return
+        if span <= 94 - digits:
+            sums = extract_all(xs, anchor, excess_anchor, least)
         else:
+            sums = extract_most(xs, anchor, excess_anchor, least)
             for j in range(xs.size):
-                term, excess = magnitude(np.float64(widen(xs[j])))
-                anchored = term + anchor
-                high += as_int(anchored)
-                low = plus(low, term - (anchored - anchor))
-                if has_excess:
-                    anchored = excess + excess_anchor
-                    excess_high += as_int(anchored)
-                    excess_low = plus(excess_low, excess - (anchored - excess_anchor))
+                if magnitude(np.float64(widen(xs[j])))[0] < least:
+                    _add_element(words, xs[j], degree)
+        high, low, excess_high, excess_low = sums
         _add_integer(words, high - xs.size * as_int(anchor), exponent - 50 + _UNITS)
         _add_number(words, low)
         if has_excess:
@@ -108,6 +114,28 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
             _add_number(words, -excess_low)
 
     return add_tile
+
+
+def _extraction(magnitude: Any, has_excess: bool, cuts: bool) -> Any:
+    """Return the compiled loop over a tile, which ``cuts`` off what is less than ``least``."""
+
+    @register_jitable
+    def extract(xs, anchor, excess_anchor, least):  # type: ignore[no-untyped-def]
+        high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
+        for j in range(xs.size):
+            term, excess = magnitude(np.float64(widen(xs[j])))
+            if cuts and term < least:
+                term, excess = 0.0, 0.0
+            anchored = term + anchor
+            high += as_int(anchored)
+            low = plus(low, term - (anchored - anchor))
+            if has_excess:
+                anchored = excess + excess_anchor
+                excess_high += as_int(anchored)
+                excess_low = plus(excess_low, excess - (anchored - excess_anchor))
+        return high, low, excess_high, excess_low
+
+    return extract
 
 
 @register_jitable
@@ -126,20 +154,19 @@ def sum_exactly(x, first, first_words, second, second_words):  # type: ignore[no
 
 
 @register_jitable
-def _add_each(xs, words, degree):  # type: ignore[no-untyped-def]
-    for j in range(xs.size):
-        magnitude = abs(np.float64(widen(xs[j])))
-        if not math.isfinite(magnitude):
-            words[INFINITIES if magnitude == math.inf else NANS] += 1
-            continue
-        m, shift = _decoded(magnitude)
-        if degree == 1:
-            _add_integer(words, m, shift + _UNITS // 2)
-        else:
-            low, high = m & _WORD, m >> WORD_BITS
-            _add_integer(words, low * low, 2 * shift)
-            _add_integer(words, 2 * low * high, 2 * shift + WORD_BITS)
-            _add_integer(words, high * high, 2 * shift + 2 * WORD_BITS)
+def _add_element(words, x, degree):  # type: ignore[no-untyped-def]
+    magnitude = abs(np.float64(widen(x)))
+    if not math.isfinite(magnitude):
+        words[INFINITIES if magnitude == math.inf else NANS] += 1
+        return
+    m, shift = _decoded(magnitude)
+    if degree == 1:
+        _add_integer(words, m, shift + _UNITS // 2)
+    else:
+        low, high = m & _WORD, m >> WORD_BITS
+        _add_integer(words, low * low, 2 * shift)
+        _add_integer(words, 2 * low * high, 2 * shift + WORD_BITS)
+        _add_integer(words, high * high, 2 * shift + 2 * WORD_BITS)
 
 
 @register_jitable
