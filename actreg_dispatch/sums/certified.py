@@ -4,7 +4,7 @@ Let S be Σ|x| or Σx² over the reals, and ``RN64(S)`` S rounded to 53 bits wit
 All that a :class:`~actreg_dispatch.norms.Norm` makes of its sums, the penalty, the coefficients of
 the gradient and whether there is one, is a function of ``RN64(S)``, or of ``RN64(S₁)`` and
 ``RN64(S₂)``, evaluated in binary64 and rounded to T once. A backend sums fast, in any order; here
-it is decided whether that was accurate enough, and if not, the sum is done again in integers. This
+it is decided whether that was accurate enough, and if not, the sum is done again exactly. This
 is Ziv's rounding test [3]_, applied to sums.
 
 **The test.** A computed pair (hi, lo) with ``|hi + lo − S| ≤ β·S`` brackets S. Rounding is
@@ -36,7 +36,7 @@ anything: together less than N·2⁻¹⁰³.
   term lies outside is made infinite, unless it is 0.
 
 :data:`PLAIN_BOUND` = 2⁻³⁸ leaves room for the merges of N < 2⁶³ terms; :func:`anchored_bound`
-is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done again in integers.
+is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done again exactly.
 
 Which of several NaN survives, its sign and its payload, is left open, as IEEE 754 leaves it.
 

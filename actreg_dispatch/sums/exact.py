@@ -1,4 +1,4 @@
-"""Exact sums, in integers: what partial sums are, and what is computed where rounding is open."""
+"""Exact sums: numbers of unlimited precision, and what norms make of them."""
 
 from __future__ import annotations
 

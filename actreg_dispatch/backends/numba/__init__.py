@@ -5,7 +5,7 @@ that a small array costs little more than such a call. What that does not take, 
 nothing, is checked here, described by a :class:`~actreg_dispatch.backends.numba.addresses.Call`,
 and done by the same functions in another call of compiled code. No interrupt is heard meanwhile, so
 the gradients are never left half updated. Where the rounding test fails, the sum, and the sum only,
-is done again in integers.
+is done again exactly.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def _whole(
     writes: bool,
     overwrites: bool = False,
 ) -> Any:
-    """Do a whole call, once more in integers if its sum takes them, and return the penalty."""
+    """Do a whole call, with an exact sum if it takes one, and return the penalty."""
     call = _call(x, g, norm, constants)
     parallel = _parallel(call)
     plan = _plan(

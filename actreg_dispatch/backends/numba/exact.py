@@ -20,8 +20,9 @@ that M + p is rounded to M + h, h a multiple of 2ᵉ⁻⁵⁰ of at most 2ᵉ⁺
   What is left of q is at most 2ᵉ⁻¹⁰⁴, and of 2¹¹ of them no sum needs more than 53 bits if
   e − s ≤ 41, which is 94 − w.
 
-So what spoils a tile are terms that are too small, below 2ᵉ⁻⁹⁴⁺ʷ: they are left out of it, and
-added to the superaccumulator element by element, as integers.
+So what spoils a tile are terms that are too small, below 2ᵉ⁻⁹⁴⁺ʷ. They are left out, and make
+the tile of another round, of :data:`ROUNDS` at most. What is left then is added to the
+superaccumulator element by element, as integers.
 
 The exponents must not be so low that q, or so high that an anchor, leaves the range of binary64:
 they are those of anchored tiles (:mod:`actreg_dispatch.sums.certified`). All elements of other
@@ -50,6 +51,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.bits import (
+    as_float,
     as_int,
     exponent_of,
     extremes,
@@ -64,6 +66,7 @@ from actreg_dispatch.sums.exact import INFINITIES, NANS, WORD_BITS
 __all__ = ["EXACT_TERMS", "MOST_TERMS", "no_tile", "sum_exactly", "tile_of"]
 
 EXACT_TERMS = 1 << 11
+ROUNDS = 6
 MOST_TERMS = 1 << 33
 _UNITS = 2148  # 2 to the power -_UNITS is the unit of an accumulator
 _WORD = (1 << WORD_BITS) - 1
@@ -78,53 +81,59 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
     magnitude: Any = square if degree == 2 else absolute
     digits = 53 if dtype == FLOAT64 else 24 * degree
     has_excess, may_be_short = dtype == FLOAT64 and degree == 2, digits == 24
-    extract_all, extract_most = (_extraction(magnitude, has_excess, cuts) for cuts in (False, True))
+    extract_all, extract_some = (_extraction(magnitude, has_excess, some) for some in (False, True))
 
     @register_jitable
     def add_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
-        if largest == 0.0:
-            return
-        exponent = exponent_of(magnitude(largest)[0])
-        if not LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
-            for j in range(xs.size):
+        smallest_exponent = exponent_of(magnitude(smallest)[0])
+        above = math.nan  # of what is left, terms are not at least this; NaN: everything is left
+        for _ in range(ROUNDS):
+            if largest == 0.0:
+                return
+            exponent = exponent_of(magnitude(largest)[0])
+            if not LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
+                break
+            span = exponent - smallest_exponent
+            anchor, excess_anchor = power_of_two(exponent + 2), 1.5 * power_of_two(exponent - 51)
+            least = power_of_two(exponent - (94 - digits))
+            if may_be_short and span <= 51 - digits and above != above:
+                high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
+                for j in range(xs.size):
+                    high += as_int(magnitude(np.float64(widen(xs[j])))[0] + anchor)
+                high -= xs.size * as_int(anchor)
+            elif span <= 94 - digits and above != above:
+                high, low, excess_high, excess_low = extract_all(
+                    xs, anchor, excess_anchor, least, above
+                )
+            else:
+                high, low, excess_high, excess_low = extract_some(
+                    xs, anchor, excess_anchor, least, above
+                )
+            _add_integer(words, high, exponent - 50 + _UNITS)
+            _add_number(words, low)
+            if has_excess:
+                _add_integer(words, -excess_high, exponent - 103 + _UNITS)
+                _add_number(words, -excess_low)
+            if span <= 94 - digits:
+                return
+            above = least
+            largest = _largest_left(xs, magnitude, above)
+        for j in range(xs.size):
+            if not magnitude(np.float64(widen(xs[j])))[0] >= above:
                 _add_element(words, xs[j], degree)
-            return
-        span = exponent - exponent_of(magnitude(smallest)[0])
-        anchor, excess_anchor = power_of_two(exponent + 2), 1.5 * power_of_two(exponent - 51)
-        least = power_of_two(exponent - (94 - digits))
-        if may_be_short and span <= 51 - digits:
-            high = 0
-            for j in range(xs.size):
-                high += as_int(magnitude(np.float64(widen(xs[j])))[0] + anchor)
-            _add_integer(words, high - xs.size * as_int(anchor), exponent - 50 + _UNITS)
-            return
-        if span <= 94 - digits:
-            sums = extract_all(xs, anchor, excess_anchor, least)
-        else:
-            sums = extract_most(xs, anchor, excess_anchor, least)
-            for j in range(xs.size):
-                if magnitude(np.float64(widen(xs[j])))[0] < least:
-                    _add_element(words, xs[j], degree)
-        high, low, excess_high, excess_low = sums
-        _add_integer(words, high - xs.size * as_int(anchor), exponent - 50 + _UNITS)
-        _add_number(words, low)
-        if has_excess:
-            excess_high -= xs.size * as_int(excess_anchor)
-            _add_integer(words, -excess_high, exponent - 103 + _UNITS)
-            _add_number(words, -excess_low)
 
     return add_tile
 
 
-def _extraction(magnitude: Any, has_excess: bool, cuts: bool) -> Any:
-    """Return the compiled loop over a tile, which ``cuts`` off what is less than ``least``."""
+def _extraction(magnitude: Any, has_excess: bool, some: bool) -> Any:
+    """Return the compiled extraction of all terms, or of ``some``, from least on but not above."""
 
     @register_jitable
-    def extract(xs, anchor, excess_anchor, least):  # type: ignore[no-untyped-def]
+    def extract(xs, anchor, excess_anchor, least, above):  # type: ignore[no-untyped-def]
         high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
         for j in range(xs.size):
             term, excess = magnitude(np.float64(widen(xs[j])))
-            if cuts and term < least:
+            if some and (term < least or term >= above):
                 term, excess = 0.0, 0.0
             anchored = term + anchor
             high += as_int(anchored)
@@ -133,9 +142,22 @@ def _extraction(magnitude: Any, has_excess: bool, cuts: bool) -> Any:
                 anchored = excess + excess_anchor
                 excess_high += as_int(anchored)
                 excess_low = plus(excess_low, excess - (anchored - excess_anchor))
+        high -= xs.size * as_int(anchor)
+        excess_high -= xs.size * as_int(excess_anchor)
         return high, low, excess_high, excess_low
 
     return extract
+
+
+@register_jitable
+def _largest_left(xs, magnitude, above):  # type: ignore[no-untyped-def]
+    """Return the largest magnitude whose term is less than ``above``."""
+    largest = 0
+    for j in range(xs.size):
+        value = np.float64(widen(xs[j]))
+        bits = as_int(abs(value)) if magnitude(value)[0] < above else 0
+        largest = max(largest, bits)
+    return as_float(largest)
 
 
 @register_jitable
