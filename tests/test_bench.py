@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -257,6 +258,36 @@ def test_the_routes_are_compared_with_the_call_for_arrays(python):
     for row in rows:
         for cell in row.split("|")[2:-1]:
             assert re.fullmatch(r" [\d.,e+]+ [µm]s; [\d.,]+( / [\d.,]+)? ", cell), cell
+
+
+def test_dask_arrays_are_compared_with_plain_expressions(python):
+    options = ["--size", "1000", "--on-disk", "0", "--repeats", "1"]
+    done = python("-m", "benchmarks.dask_arrays", *options)
+    head, _, *rows = done.stdout.splitlines()
+    assert head == "| in memory, threads | float32 | float64 |"
+    assert len(rows) == 6
+    for row in rows:
+        for cell in row.split("|")[2:-1]:
+            assert re.fullmatch(r" [\d.]+ s; [\d.]+ ", cell), cell
+
+
+def test_exact_sums_are_those_of_other_libraries(python):
+    options = ["--size", "50", "--repeats", "1"]  # each row compares sums before it times them
+    done = python("-m", "benchmarks.exact_sums", *options)
+    peers = [peer for peer in ("xsum", "uniaccurate") if importlib.util.find_spec(peer)]
+    tables = [table.splitlines() for table in done.stdout.rstrip().split("\n\n")]
+    for (head, rule, *rows), title, dtypes in zip(
+        tables, ("normal numbers", "120 binades"), (DTYPES, DTYPES[1:]), strict=True
+    ):
+        assert head == f"| {title} | ns | {' | '.join(['penalty', *peers])} |"
+        assert rule == f"| --- |{' ---: |' * (2 + len(peers))}"
+        sums = [f"{dtype}, {kind}" for dtype in dtypes for kind in (r"\|x\|", "x²", "both")]
+        for row, name in zip(rows, sums, strict=True):
+            found, *cells = row[2:-2].split(" | ")
+            compared = name in (r"float64, \|x\|", "float64, x²")
+            assert found == name
+            assert [bool(cell.strip()) for cell in cells] == [True] * 2 + [compared] * len(peers)
+            assert all(re.fullmatch(r" *([\d.]+)? *", cell) for cell in cells), cells
 
 
 # On a GPU.

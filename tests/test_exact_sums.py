@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 
 from actreg_dispatch import ActivityNorm, get_backend
 from actreg_dispatch.backends import numba
-from actreg_dispatch.backends.numba.exact import EXACT_TERMS
+from actreg_dispatch.backends.numba.exact import EXACT_TERMS, ROUNDS
 from actreg_dispatch.norms import named_norm
 from actreg_dispatch.oracle import exact_sum
 
@@ -79,6 +79,18 @@ def test_tiles_of_every_span(dtype, spans, size, exponent, seed):
     exponents = exponent - rng.choice([0, *spans], size)
     values = np.ldexp(1 + rng.integers(0, 2**52, size) * 2.0**-52, exponents)
     check((values * rng.choice([-1, 1], size)).astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step"), [(np.float32, 70), (np.float32, 23), (np.float64, 41), (np.float64, 20.5)]
+)
+@pytest.mark.parametrize("rounds", [1, 2, ROUNDS - 1, ROUNDS, ROUNDS + 1])
+def test_terms_where_a_round_ends(dtype, step, rounds):
+    """Each round begins where the next power of two would be too small for the last."""
+    exponents = np.arange(100, 100 - step * (rounds + 1), -step)
+    exponents = np.sort(np.r_[exponents, exponents - 1, exponents[-1] - 7])
+    exponents = exponents[exponents >= -148]
+    check(np.exp2(np.r_[exponents, exponents]).astype(dtype))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -63,7 +63,7 @@ from actreg_dispatch.dtypes import FLOAT64
 from actreg_dispatch.sums.certified import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from actreg_dispatch.sums.exact import INFINITIES, NANS, WORD_BITS
 
-__all__ = ["EXACT_TERMS", "MOST_TERMS", "no_tile", "sum_exactly", "tile_of"]
+__all__ = ["EXACT_TERMS", "MOST_TERMS", "ROUNDS", "no_tile", "sum_exactly", "tile_of"]
 
 EXACT_TERMS = 1 << 11
 ROUNDS = 6
