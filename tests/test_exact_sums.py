@@ -82,14 +82,14 @@ def test_tiles_of_every_span(dtype, spans, size, exponent, seed):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "step"), [(np.float32, 70), (np.float32, 23), (np.float64, 41), (np.float64, 20.5)]
+    ("dtype", "step"), [(np.float32, 70), (np.float32, 23), (np.float64, 41), (np.float64, 20)]
 )
 @pytest.mark.parametrize("rounds", [1, 2, ROUNDS - 1, ROUNDS, ROUNDS + 1])
 def test_terms_where_a_round_ends(dtype, step, rounds):
-    """Each round begins where the next power of two would be too small for the last."""
-    exponents = np.arange(100, 100 - step * (rounds + 1), -step)
-    exponents = np.sort(np.r_[exponents, exponents - 1, exponents[-1] - 7])
-    exponents = exponents[exponents >= (-148 if dtype is np.float32 else -400)]
+    """Each round has the least that its largest allows, and the next begins right below."""
+    exponents = 100 - (step + 1) * np.arange(rounds + 1)
+    exponents = np.sort(np.r_[exponents, exponents - step])
+    exponents = exponents[exponents >= (-148 if dtype is np.float32 else -900)]
     check(np.exp2(np.r_[exponents, exponents]).astype(dtype))
 
 
