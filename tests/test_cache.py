@@ -31,10 +31,13 @@ print(json.dumps([penalty, hits, compiling.__file__]))
 """
 CALL = CODE.replace("FOUND", "reg.penalty(x)")  # a driver and four C functions
 LAYERS = CODE.replace("FOUND", "reg.apply_all([x], [np.zeros_like(x)]).total")  # two drivers more
-CODE = CODE.replace("FOUND", "reg.finish(reg.partial_sum(x))")  # one kernel, soon compiled
+SUM = CODE.replace("FOUND", "reg.finish(reg.partial_sum(x))")  # two drivers and a C function
+CODE = CALL
 
 
-@pytest.mark.parametrize(("code", "kernels"), [(CALL, 5), (LAYERS, 7)], ids=["call", "layers"])
+@pytest.mark.parametrize(
+    ("code", "kernels"), [(CALL, 5), (LAYERS, 7), (SUM, 3)], ids=["call", "layers", "sum"]
+)
 def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path, code, kernels):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
     first, second = (json.loads(python("-c", code, **cache).stdout)[:2] for _ in range(2))
@@ -136,4 +139,4 @@ def test_options_that_change_the_code_are_a_new_entry(python, tmp_path):
     hits = []
     for options in (checked, {}, threads, checked):
         hits.append(json.loads(python("-c", CODE, **cache, **options).stdout)[1])
-    assert hits == [[0], [0], [1], [1]]
+    assert hits == [[0] * 5, [0] * 5, [1] * 5, [1] * 5]

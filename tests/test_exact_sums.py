@@ -13,7 +13,7 @@ from numpy.testing import assert_array_equal
 
 from actreg_dispatch import ActivityNorm, get_backend
 from actreg_dispatch.backends import numba
-from actreg_dispatch.backends.numba.exact import EXACT_TERMS, ROUNDS
+from actreg_dispatch.backends.numba.exact import EXACT_TERMS
 from actreg_dispatch.norms import named_norm
 from actreg_dispatch.oracle import exact_sum
 
@@ -84,7 +84,7 @@ def test_tiles_of_every_span(dtype, spans, size, exponent, seed):
 @pytest.mark.parametrize(
     ("dtype", "step"), [(np.float32, 70), (np.float32, 23), (np.float64, 41), (np.float64, 20)]
 )
-@pytest.mark.parametrize("rounds", [1, 2, ROUNDS - 1, ROUNDS, ROUNDS + 1])
+@pytest.mark.parametrize("rounds", [1, 2, 4, 5, 6, 7])
 def test_terms_where_a_round_ends(dtype, step, rounds):
     """Each round has the least that its largest allows, and the next begins right below."""
     exponents = 100 - (step + 1) * np.arange(rounds + 1)

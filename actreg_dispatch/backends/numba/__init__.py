@@ -21,12 +21,11 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import drivers, functions
-from actreg_dispatch.backends.numba.addresses import SHARES, Call, Plan
+from actreg_dispatch.backends.numba.addresses import BLOCK, SHARES, Call, Plan
 from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.compiling import kernel_of
 from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM
 from actreg_dispatch.backends.numba.exact import MOST_TERMS
-from actreg_dispatch.backends.numba.rows import BLOCK
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
@@ -67,9 +66,9 @@ class NumbaBackend(Backend):
         call = _call(x, x)
         parallel, compute = _parallel(call), COMPUTE_DTYPES[x.dtype]
         words = np.zeros((SHARES if parallel else 1, len(terms) * COUNTERS), np.int64)
-        function = kernel_of(functions.exact_function, terms, x.dtype, call.dense)
+        function = kernel_of(functions.exact_function, terms, x.dtype)
         kernel_of(drivers.exact_kernel, parallel)(function.address, ctypes.addressof(call), words)
-        sums = words.sum(axis=0).reshape(-1, COUNTERS)
+        sums = (words.sum(axis=0) if parallel else words[0]).reshape(-1, COUNTERS)
         return total_of([sum_of_words(*each, compute) for each in zip(sums, terms, strict=True)])
 
     def penalty(self, activations: Array, norm: Norm, constants: Constants) -> Any:

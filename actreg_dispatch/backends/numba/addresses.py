@@ -18,8 +18,10 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from actreg_dispatch.norms import MOST_COEFFICIENTS, MOST_LAMS
+from actreg_dispatch.sums.certified import PLAIN_TERMS
 
 __all__ = [
+    "BLOCK",
     "BLOCK_SIGNATURE",
     "CALL_SIGNATURE",
     "WHOLE_SIGNATURE",
@@ -31,6 +33,7 @@ __all__ = [
     "call_function",
     "call_whole",
     "dense_row",
+    "new_block",
     "new_call",
     "new_total",
     "new_totals",
@@ -40,6 +43,7 @@ __all__ = [
 
 _LAMS = ctypes.c_double * MOST_LAMS
 TOTALS = 4  # numbers that sums take: a pair (hi, lo) for each
+BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 SHARES = 256  # of a call, which threads take in turn
 
 
@@ -137,12 +141,17 @@ call_at, plan_at = _structure(Call), _structure(Plan)
 
 
 def _on_the_stack(size: int) -> Any:
-    """Return what reserves so many words on the stack, and returns their address."""
+    """Return what reserves so many words on the stack, and returns their address.
+
+    They hold anything: Numba's own function for it fills them with zeros, which takes LLVM seconds
+    to compile for a block.
+    """
 
     @intrinsic
     def new(typingctx):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-            words = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), size))
+            with builder.goto_entry_block():
+                words = builder.alloca(ir.IntType(64), size)
             return builder.ptrtoint(words, ir.IntType(64))
 
         return types.int64(), generate
@@ -151,7 +160,7 @@ def _on_the_stack(size: int) -> Any:
 
 
 new_call, new_total = _on_the_stack(ctypes.sizeof(Call) // 8), _on_the_stack(TOTALS)
-new_totals = _on_the_stack(SHARES * TOTALS)
+new_totals, new_block = _on_the_stack(SHARES * TOTALS), _on_the_stack(BLOCK)
 
 
 @intrinsic

@@ -24,6 +24,7 @@ __all__ = [
     "multiply_add",
     "narrow",
     "power_of_two",
+    "value_of",
     "widen",
 ]
 
@@ -83,7 +84,7 @@ def narrow(typingctx, like, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def as_int(typingctx, value):  # type: ignore[no-untyped-def]
+def _as_int(typingctx, value):  # type: ignore[no-untyped-def]
     """Return the bits of a float64 as an int64."""
 
     def cast(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -144,6 +145,22 @@ def _negated(typingctx, magnitude):  # type: ignore[no-untyped-def]
     return magnitude(magnitude), negate
 
 
+# Closures may name what follows. Numba pickles a closure, with what it names, for the key of its
+# cache on disk: functions by their names, but an intrinsic by a number that no other process has.
+
+
+@register_jitable
+def as_int(value):  # type: ignore[no-untyped-def]
+    """Return the bits of a float64 as an int64."""
+    return _as_int(value)
+
+
+@register_jitable
+def value_of(x):  # type: ignore[no-untyped-def]
+    """Return an element in binary64."""
+    return np.float64(widen(x))
+
+
 @register_jitable
 def extremes(xs):  # type: ignore[no-untyped-def]
     """Return the largest and the smallest magnitude but 0, in binary64; NaN is the largest."""
@@ -154,10 +171,7 @@ def extremes(xs):  # type: ignore[no-untyped-def]
         largest = max(largest, magnitude)
         nearest = max(nearest, _negated(magnitude))
     smallest = _negated(nearest)
-    return (
-        np.float64(widen(_as_number(xs[0], largest))),
-        np.float64(widen(_as_number(xs[0], smallest))),
-    )
+    return value_of(_as_number(xs[0], largest)), value_of(_as_number(xs[0], smallest))
 
 
 @register_jitable

@@ -23,6 +23,7 @@ from numba import types
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
+    BLOCK,
     SHARES,
     TOTALS,
     WHOLE_SIGNATURE,
@@ -40,7 +41,7 @@ from actreg_dispatch.backends.numba.addresses import (
 )
 from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
 from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
-from actreg_dispatch.backends.numba.rows import BLOCK, store_of
+from actreg_dispatch.backends.numba.rows import store_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_pairs
 
 __all__ = [

@@ -21,8 +21,8 @@ that M + p is rounded to M + h, h a multiple of 2ᵉ⁻⁵⁰ of at most 2ᵉ⁺
   e − s ≤ 41, which is 94 − w.
 
 So what spoils a tile are terms that are too small, below 2ᵉ⁻⁹⁴⁺ʷ. They are left out, and make
-the tile of another round, of :data:`ROUNDS` at most. What is left then is added to the
-superaccumulator element by element, as integers.
+the tile of another round, and so on down to 2⁻²⁴⁰ of the largest. What is left then is added to
+the superaccumulator element by element, as integers.
 
 The exponents must not be so low that q, or so high that an anchor, leaves the range of binary64:
 they are those of anchored tiles (:mod:`actreg_dispatch.sums.certified`). All elements of other
@@ -56,17 +56,17 @@ from actreg_dispatch.backends.numba.bits import (
     exponent_of,
     extremes,
     power_of_two,
-    widen,
+    value_of,
 )
 from actreg_dispatch.backends.numba.rows import absolute, plus, square
 from actreg_dispatch.dtypes import FLOAT64
 from actreg_dispatch.sums.certified import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from actreg_dispatch.sums.exact import INFINITIES, NANS, WORD_BITS
 
-__all__ = ["EXACT_TERMS", "MOST_TERMS", "ROUNDS", "no_tile", "sum_exactly", "tile_of"]
+__all__ = ["EXACT_TERMS", "MOST_TERMS", "no_tile", "sum_exactly", "tile_of"]
 
 EXACT_TERMS = 1 << 11
-ROUNDS = 6
+_REACH = 240
 MOST_TERMS = 1 << 33
 _UNITS = 2148  # 2 to the power -_UNITS is the unit of an accumulator
 _WORD = (1 << WORD_BITS) - 1
@@ -87,11 +87,10 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
     def add_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
         smallest_exponent = exponent_of(magnitude(smallest)[0])
         above = math.nan  # of what is left, terms are not at least this; NaN: everything is left
-        for _ in range(ROUNDS):
-            if largest == 0.0:
-                return
+        end = max(LOWEST_EXPONENT, exponent_of(magnitude(largest)[0]) - _REACH)
+        while largest != 0.0:
             exponent = exponent_of(magnitude(largest)[0])
-            if not LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
+            if not end <= exponent <= HIGHEST_EXPONENT:
                 break
             span = exponent - smallest_exponent
             anchor, excess_anchor = power_of_two(exponent + 2), 1.5 * power_of_two(exponent - 51)
@@ -99,7 +98,7 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
             if may_be_short and span <= 51 - digits and above != above:
                 high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
                 for j in range(xs.size):
-                    high += as_int(magnitude(np.float64(widen(xs[j])))[0] + anchor)
+                    high += as_int(magnitude(value_of(xs[j]))[0] + anchor)
                 high -= xs.size * as_int(anchor)
             elif span <= 94 - digits and above != above:
                 high, low, excess_high, excess_low = extract_all(
@@ -119,7 +118,7 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
             above = least
             largest = _largest_left(xs, magnitude, above)
         for j in range(xs.size):
-            if not magnitude(np.float64(widen(xs[j])))[0] >= above:
+            if not magnitude(value_of(xs[j]))[0] >= above:
                 _add_element(words, xs[j], degree)
 
     return add_tile
@@ -132,7 +131,7 @@ def _extraction(magnitude: Any, has_excess: bool, some: bool) -> Any:
     def extract(xs, anchor, excess_anchor, least, above):  # type: ignore[no-untyped-def]
         high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
         for j in range(xs.size):
-            term, excess = magnitude(np.float64(widen(xs[j])))
+            term, excess = magnitude(value_of(xs[j]))
             if some and (term < least or term >= above):
                 term, excess = 0.0, 0.0
             anchored = term + anchor
@@ -154,7 +153,7 @@ def _largest_left(xs, magnitude, above):  # type: ignore[no-untyped-def]
     """Return the largest magnitude whose term is less than ``above``."""
     largest = 0
     for j in range(xs.size):
-        value = np.float64(widen(xs[j]))
+        value = value_of(xs[j])
         bits = as_int(abs(value)) if magnitude(value)[0] < above else 0
         largest = max(largest, bits)
     return as_float(largest)
@@ -177,7 +176,7 @@ def sum_exactly(x, first, first_words, second, second_words):  # type: ignore[no
 
 @register_jitable
 def _add_element(words, x, degree):  # type: ignore[no-untyped-def]
-    magnitude = abs(np.float64(widen(x)))
+    magnitude = abs(value_of(x))
     if not math.isfinite(magnitude):
         words[INFINITIES if magnitude == math.inf else NANS] += 1
         return

@@ -14,18 +14,19 @@ import numpy as np
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
+    BLOCK,
     BLOCK_SIGNATURE,
     CALL_SIGNATURE,
     TOTALS,
     call_at,
     dense_row,
+    new_block,
     strided_row,
 )
 from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.compiling import compile_function
 from actreg_dispatch.backends.numba.exact import no_tile, sum_exactly, tile_of
 from actreg_dispatch.backends.numba.rows import (
-    BLOCK,
     add_gradient,
     load_of,
     no_gradient,
@@ -164,27 +165,36 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
     return x + start * call.x_step, g + start * call.g_step, min(BLOCK, call.length - start)
 
 
-def exact_function(terms: tuple[int, ...], dtype: np.dtype[Any], dense: bool) -> Any:
+def exact_function(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """Compile what adds ``terms`` over one block of a call to superaccumulators, exactly.
 
-    It is given what a block function is; the words of the sums are one after the other.
+    It is given what a block function is; the words of the sums are one after the other. A block
+    that is not one piece of memory is gathered first.
     """
     first, *others = [tile_of(degree, dtype) for degree in terms]
     second = others[0] if others else no_tile
-    element = bits_of(dtype).type
+    bits = bits_of(dtype)
+    element, itemsize = bits.type, bits.itemsize
 
     def block(address, number, there):  # type: ignore[no-untyped-def]
         call = call_at(address)
         words = dense_row(np.int64, there, COUNTERS, 8)
         second_words = dense_row(np.int64, there + 8 * COUNTERS, COUNTERS, 8)
-        start = number * call.pieces_per_block
-        for piece in range(start, min(start + call.pieces_per_block, call.all_pieces)):
-            x, _g, count = _piece(call, piece)
-            if dense:
-                xs = dense_row(element, x, count, call.x_step)
-            else:
-                xs = strided_row(element, x, count, call.x_step)
-            sum_exactly(xs, first, words, second, second_words)
+        piece = number * call.pieces_per_block
+        last = min(piece + call.pieces_per_block, call.all_pieces)
+        x, _g, count = _piece(call, piece)
+        if call.x_step != itemsize or last - piece > 1:
+            room, gathered = new_block(), 0
+            for number in range(piece, last):
+                x, _g, count = _piece(call, number)
+                spread = strided_row(element, x, count, call.x_step)
+                gathering = dense_row(element, room + gathered * itemsize, count, itemsize)
+                for j in range(count):
+                    gathering[j] = spread[j]
+                gathered += count
+            x, count = room, gathered
+        row = dense_row(element, x, count, itemsize)
+        sum_exactly(row, first, words, second, second_words)
         return 0
 
-    return compile_function(block, BLOCK_SIGNATURE, terms, dtype, dense)
+    return compile_function(block, BLOCK_SIGNATURE, terms, dtype)

@@ -32,7 +32,6 @@ from actreg_dispatch.sums.certified import (
     ANCHORED_TERMS,
     HIGHEST_EXPONENT,
     LOWEST_EXPONENT,
-    PLAIN_TERMS,
     anchored_bound,
     certified_one,
     certified_two,
@@ -41,7 +40,6 @@ from actreg_dispatch.sums.certified import (
 )
 
 __all__ = [
-    "BLOCK",
     "Summing",
     "absolute",
     "add_gradient",
@@ -54,9 +52,6 @@ __all__ = [
     "store_of",
     "summing_of",
 ]
-
-BLOCK = PLAIN_TERMS
-"""Elements that one thread does at a time."""
 
 # Compiled code calls the shared arithmetic by its own name.
 for _function in (anchored_bound, two_sum, merge_pairs, certified_one, certified_two):
