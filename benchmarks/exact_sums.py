@@ -96,7 +96,7 @@ def main() -> None:
     options = parser.parse_args()
     with serially():
         for title, values in (("normal numbers", normal), ("120 binades", wide)):
-            print(f"| {title} | ns | penalty | {' | '.join(PEERS)} |")
+            print(f"| {' | '.join([title, 'ns', 'penalty', *PEERS])} |")
             print(f"| --- | {'---: | ' * (2 + len(PEERS))}".rstrip())
             for name, dtype in DTYPES.items():
                 if values is wide and np.dtype(dtype).itemsize == 2 and name == "float16":

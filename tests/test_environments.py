@@ -258,9 +258,10 @@ def test_a_compiler_that_fails_at_any_stage(monkeypatch, norm, layout):
         else:
             break
     assert (g == expected).all()
-    # A driver, prepare, finish, a pass, and the other pass of L2, or the sum in integers; and what
-    # checks contiguous arrays.
-    assert stage == (6 if layout == "flat" else 5)
+    # A driver, prepare, finish, a pass, and the other pass of L2, or an exact sum and its driver;
+    # what checks contiguous arrays, and what describes them for the exact sum.
+    exact = norm != "l2"
+    assert stage == 5 + exact + (1 + exact) * (layout == "flat")
 
 
 @pytest.mark.parametrize("stage", ["there", "compute", "back"])
