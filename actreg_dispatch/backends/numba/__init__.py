@@ -21,10 +21,10 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import drivers, functions
-from actreg_dispatch.backends.numba.addresses import BLOCK, SHARES, Call, Plan
+from actreg_dispatch.backends.numba.addresses import BLOCK, Call, Plan
 from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.compiling import kernel_of
-from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM
+from actreg_dispatch.backends.numba.drivers import EXACT_SHARES, PARALLEL_FROM
 from actreg_dispatch.backends.numba.exact import MOST_TERMS
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
@@ -65,7 +65,8 @@ class NumbaBackend(Backend):
             return self.partial_sum(one, norm) + self.partial_sum(other, norm)
         call = _call(x, x)
         parallel, compute = _parallel(call), COMPUTE_DTYPES[x.dtype]
-        words = np.zeros((SHARES if parallel else 1, len(terms) * COUNTERS), np.int64)
+        shares = min(call.blocks, EXACT_SHARES) if parallel else 1
+        words = np.zeros((shares, len(terms) * COUNTERS), np.int64)
         function = kernel_of(functions.exact_function, terms, x.dtype)
         kernel_of(drivers.exact_kernel, parallel)(function.address, ctypes.addressof(call), words)
         sums = (words.sum(axis=0) if parallel else words[0]).reshape(-1, COUNTERS)

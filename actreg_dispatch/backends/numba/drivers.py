@@ -45,6 +45,7 @@ from actreg_dispatch.backends.numba.rows import store_of
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_pairs
 
 __all__ = [
+    "EXACT_SHARES",
     "PARALLEL_FROM",
     "apartness_kernel",
     "batch_kernel",
@@ -60,6 +61,7 @@ __all__ = [
 # float32 3.0 and 3.7 at 24,000, 3.7 and 3.7 at 30,000, 5.4 and 4.6 at 45,000; float64 5.3 and 6.4
 # at 16,000, 9.1 and 6.6 at 30,000.
 PARALLEL_FROM = 30_000
+EXACT_SHARES = 64  # of an exact sum, each of which has words of its own
 
 _CALL_BYTES = ctypes.sizeof(Call)
 _INT, _FLOAT, _REAL = types.int64, types.float64, np.float64
