@@ -140,18 +140,20 @@ def _structure(structure: type[ctypes.Structure]) -> Any:
 call_at, plan_at = _structure(Call), _structure(Plan)
 
 
-def _on_the_stack(size: int) -> Any:
+def _on_the_stack(size: int, zeros: bool = True) -> Any:
     """Return what reserves so many words on the stack, and returns their address.
 
-    They hold anything: Numba's own function for it fills them with zeros, which takes LLVM seconds
-    to compile for a block.
+    They are filled with zeros if that is asked for, which takes LLVM seconds to compile for a block.
     """
 
     @intrinsic
     def new(typingctx):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-            with builder.goto_entry_block():
-                words = builder.alloca(ir.IntType(64), size)
+            if zeros:
+                words = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), size))
+            else:
+                with builder.goto_entry_block():
+                    words = builder.alloca(ir.IntType(64), size)
             return builder.ptrtoint(words, ir.IntType(64))
 
         return types.int64(), generate
@@ -160,7 +162,7 @@ def _on_the_stack(size: int) -> Any:
 
 
 new_call, new_total = _on_the_stack(ctypes.sizeof(Call) // 8), _on_the_stack(TOTALS)
-new_totals, new_block = _on_the_stack(SHARES * TOTALS), _on_the_stack(BLOCK)
+new_totals, new_block = _on_the_stack(SHARES * TOTALS), _on_the_stack(BLOCK, zeros=False)
 
 
 @intrinsic
