@@ -143,7 +143,7 @@ call_at, plan_at = _structure(Call), _structure(Plan)
 def _on_the_stack(size: int, zeros: bool = True) -> Any:
     """Return what reserves so many words on the stack, and returns their address.
 
-    They are filled with zeros if that is asked for, which takes LLVM seconds to compile for a block.
+    Filling them with zeros takes LLVM seconds to compile for a block.
     """
 
     @intrinsic
