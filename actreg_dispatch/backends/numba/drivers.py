@@ -68,6 +68,12 @@ _INT, _FLOAT, _REAL = types.int64, types.float64, np.float64
 
 
 @register_jitable
+def _clear(there):  # type: ignore[no-untyped-def]
+    """Set the total there to 0; not within parallel code, which takes it for dead."""
+    dense_row(_REAL, there, TOTALS, 8)[:] = 0.0
+
+
+@register_jitable
 def _add_to(there, part):  # type: ignore[no-untyped-def]
     """Add the total of a block to the total there."""
     total, more = dense_row(_REAL, there, TOTALS, 8), dense_row(_REAL, part, TOTALS, 8)
@@ -78,7 +84,7 @@ def _add_to(there, part):  # type: ignore[no-untyped-def]
 @register_jitable
 def _run_blocks(function, address, first, last, there):  # type: ignore[no-untyped-def]
     """Run a block function over some blocks, and leave the total there."""
-    dense_row(_REAL, there, TOTALS, 8)[:] = 0.0
+    _clear(there)
     part = new_total()
     for b in range(first, last):
         call_block(function, (address, b, part))
@@ -100,7 +106,7 @@ def _in_parallel(function, address):  # type: ignore[no-untyped-def]
     for k in numba.prange(shares):
         first, last = k * blocks // shares, (k + 1) * blocks // shares
         _run_blocks(function, address, first, last, parts + k * 8 * TOTALS)
-    call.total[:] = 0.0
+    _clear(address_of(call.total))
     for k in range(shares):
         _add_to(address_of(call.total), parts + k * 8 * TOTALS)
 
@@ -330,7 +336,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
         for layer in range(layers):
             address = calls + layer * _CALL_BYTES
             call = call_at(address)
-            call.total[:] = 0.0
+            _clear(address_of(call.total))
             for b in range(before[layer], before[layer + 1]):
                 _add_to(address_of(call.total), address_of(parts[b]))
             found = call_function(functions.finish, (address,))
