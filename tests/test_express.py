@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import ml_dtypes
@@ -16,7 +17,10 @@ from actreg_dispatch import (
     use_backend,
     warmup,
 )
+from actreg_dispatch.backends import numba
 from actreg_dispatch.backends.numba import PARALLEL_FROM, compiling
+from actreg_dispatch.norms import NORMS, named_norm
+from actreg_dispatch.options import constants_of
 from actreg_dispatch.oracle import exact_result
 
 LARGE = PARALLEL_FROM + 5
@@ -283,3 +287,22 @@ for parallel in (False, True):
         assert ("parallel_for" in code) == parallel, code
 """
     python("-c", code, ACTREG_CACHE="0")
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_call_depends_on_nothing_that_lies_where_it_writes(name, writes, parallel):
+    # Compiled with parallel=True, Numba once took the clearing of a total for dead code.
+    norm, x = named_norm(name), np.random.default_rng(0).normal(size=20_000).astype(np.float32)
+    constants = constants_of(ActivityRegularization(0.1, name).options, x.dtype, 1)
+    whole = numba.kernel_of(numba.drivers.whole_function, parallel).ctypes
+    plan = numba._plan(norm, x.dtype, writes=writes, parallel=parallel)
+    found = set()
+    for rest in (0.0, 1e6, math.nan):
+        g = np.zeros_like(x)
+        call = numba._call(x, g, norm, constants)
+        for field in (call.total, call.coefficients):
+            field[:] = [rest] * len(field)
+        found.add((whole(ctypes.addressof(plan), ctypes.addressof(call)), g.tobytes()))
+    assert len(found) == 1
