@@ -284,7 +284,7 @@ def test_the_sum_of_any_pieces_leads_to_the_penalty_of_the_whole(backend, norm, 
     assert whole.dtype == dtype
     for total in whole.parts:
         power = ActivityNorm.L1 if total.degree == 1 else ActivityNorm.L2
-        assert Fraction(total.units, 2 ** (1074 * total.degree)) == exact_sum(values, power)
+        assert Fraction(total.units, 2**3222) == exact_sum(values, power)
     penalty = reg.finish(whole)
     assert type(penalty) is dtype
     assert penalty == backend.host(reg.penalty(backend.array(values)))
@@ -374,7 +374,7 @@ def test_partial_sums_of_strided_subnormal_and_empty_pieces(backend, norm):
         found = reg.partial_sum(
             backend.array(values).T[::2, ::-1] if piece.size == 6 else backend.array(piece)
         )
-        assert Fraction(found.units, 2 ** (1074 * found.degree)) == exact
+        assert Fraction(found.units, 2**3222) == exact
 
 
 @one_sum

@@ -24,7 +24,7 @@ SUMS = [ActivityNorm.L1, ActivityNorm.L2_SQUARED]
 def check(values, backend="numba"):
     total = get_backend(backend).partial_sum(values, BOTH)
     for part, norm in zip(total.parts, SUMS, strict=True):
-        assert part.units == exact_sum(values, norm) * 2 ** (1074 * part.degree)
+        assert part.units == exact_sum(values, norm) * 2**3222
         assert part.special == 0.0
 
 

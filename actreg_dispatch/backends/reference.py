@@ -16,7 +16,7 @@ from actreg_dispatch.backend import Backend
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT32, FLOAT64
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
-from actreg_dispatch.sums.exact import PartialSum, Total, outcome_of, total_of
+from actreg_dispatch.sums.exact import UNIT, PartialSum, Total, outcome_of, total_of
 
 __all__ = ["BACKEND", "ReferenceBackend"]
 
@@ -69,10 +69,11 @@ def _units_of(bins: np.ndarray[Any, Any], degree: int) -> int:
 
     ``bins[shift, place]`` holds the limbs of weight ``2**(degree * shift + _LIMB * place)``.
     """
-    return sum(
+    total = sum(
         int(bins[shift, place]) << (degree * shift + _LIMB * place)
         for shift, place in np.argwhere(bins).tolist()
     )
+    return total << (-1074 * degree - UNIT)
 
 
 def _exact_sum(array: np.ndarray[Any, Any], degree: int) -> PartialSum:

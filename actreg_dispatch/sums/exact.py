@@ -20,6 +20,7 @@ __all__ = [
     "COUNTERS",
     "INFINITIES",
     "NANS",
+    "UNIT",
     "WORDS",
     "WORD_BITS",
     "PairedSum",
@@ -30,10 +31,10 @@ __all__ = [
     "total_of",
 ]
 
-WORDS, WORD_BITS = 168, 26
-"""Of a superaccumulator: word k weighs 2^(26 k) units of 2^-2148.
+UNIT, WORDS, WORD_BITS = -3222, 249, 26
+"""Of a superaccumulator: word k weighs 2^(26 k) units of 2^-3222, w·x² of the smallest numbers.
 
-That takes 2 * 2046 + 106 bits for the largest square, and room for carries.
+That takes 3 * 2046 + 159 bits for the largest, and room for carries.
 """
 INFINITIES, NANS, COUNTERS = WORDS, WORDS + 1, WORDS + 3
 """Where infinities and NaN are counted, and how many words there are with all counters.
@@ -57,7 +58,7 @@ class PartialSum:
     dtype : numpy.dtype
         The compute dtype T of the activations.
     units : int
-        The sum in units of ``2**(-1074 * degree)``.
+        The sum in units of ``2**-3222``, which w·x² of the smallest numbers is.
     special : float
         Infinity or NaN, once met, else 0; then ``units`` are 0.
 
@@ -122,7 +123,7 @@ class PartialSum:
         return (self,)
 
     def _value(self) -> Fraction:
-        return Fraction(self.units, 1 << 1074 * self.degree)
+        return Fraction(self.units, 1 << -UNIT)
 
 
 def _restored(degree: int, dtype: str, units: int, zeros: int, special: float) -> PartialSum:
@@ -225,4 +226,4 @@ def sum_of_words(words: np.ndarray[Any, Any], degree: int, dtype: np.dtype[Any])
     first = (len(used) - len(used.lstrip(b"\0"))) // 8
     last = -(-len(used.rstrip(b"\0")) // 8)
     units = sum(word << WORD_BITS * k for k, word in enumerate(words[first:last].tolist(), first))
-    return PartialSum(degree, dtype, units >> 1074 * (2 - degree), special)
+    return PartialSum(degree, dtype, units, special)

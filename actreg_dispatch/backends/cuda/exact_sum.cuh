@@ -1,8 +1,8 @@
 // Sums without a rounding error: expansions in registers, superaccumulators in global memory.
 
-// A superaccumulator (Kulisch): an integer of some 4,300 bits in units of 2^-2148, the square of
-// the smallest number. Word k weighs 2^(WORD_BITS k) units. It has 63 bits and a sign, so 2^37
-// amounts fit into it before anything is carried. Integers add up to the same in any order.
+// A superaccumulator (Kulisch): an integer of some 6,400 bits in units of 2^UNIT. Word k weighs
+// 2^(WORD_BITS k) units. It has 63 bits and a sign, so 2^37 amounts fit into it before anything is
+// carried. Integers add up to the same in any order.
 
 constexpr int INFINITIES = WORDS, NANS = WORDS + 1, CERTAIN = WORDS + 2, COUNTERS = WORDS + 3;
 
@@ -26,7 +26,7 @@ __device__ inline void accumulate_piece(
 
 __device__ inline void accumulate_piece(int piece, double x, long long* words) {
     const decoded d = decode(x);
-    accumulate_piece(piece, d.m, d.shift + 1074, words, x < 0.0);
+    accumulate_piece(piece, d.m, d.shift - 1074 - UNIT, words, x < 0.0);
 }
 
 __device__ __noinline__ void accumulate_number(double x, long long* words) {
@@ -42,9 +42,10 @@ __device__ __noinline__ void accumulate_outlier(double x, int degree, long long*
     } else {
         const decoded d = decode(x);
         const integer high = __umul64hi(d.m, d.m), low = d.m * d.m;
+        const int shift = 2 * (d.shift - 1074) - UNIT;
         for (int piece = 0; piece < PIECES; ++piece) {
-            accumulate_piece(piece, low % (1ULL << 53), 2 * d.shift, words);
-            accumulate_piece(piece, high << 11 | low >> 53, 2 * d.shift + 53, words);
+            accumulate_piece(piece, low % (1ULL << 53), shift, words);
+            accumulate_piece(piece, high << 11 | low >> 53, shift + 53, words);
         }
     }
 }
@@ -158,6 +159,6 @@ __device__ __noinline__ extended rounded_sum(const long long* words, const nonze
     const integer lower = window[2] << WORD_BITS | window[3];
     bool below = lower % (1ULL << cut) != 0;
     for (int k = range.low; k <= top - 4; ++k) below = below || canonical[k] != 0;
-    const long long e = WORD_BITS * (top - 1) - 12 - empty - 2148;
+    const long long e = WORD_BITS * (top - 1) - 12 - empty + UNIT;
     return rounded(false, upper << (12 + empty) | lower >> cut, e, below, false);
 }

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.sums.exact import WORD_BITS, WORDS
+from actreg_dispatch.sums.exact import UNIT, WORD_BITS, WORDS
 
 __all__ = [
     "OPTIONS",
@@ -23,6 +23,7 @@ THREADS = 256  # of a block
 _CONSTANTS = {
     "THREADS": THREADS,
     "PARTS": 6,  # numbers of an expansion: holds numbers 80 decades apart, or squares of 30
+    "UNIT": UNIT,
     "WORDS": WORDS,
     "WORD_BITS": WORD_BITS,
 }

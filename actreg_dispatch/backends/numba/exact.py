@@ -28,12 +28,12 @@ The exponents must not be so low that q, or so high that an anchor, leaves the r
 they are those of anchored tiles (:mod:`actreg_dispatch.sums.certified`). All elements of other
 tiles are added as integers. NaN and infinity have the largest exponent of all.
 
-**The superaccumulator** (Kulisch) is an integer in units of 2⁻²¹⁴⁸, the square of the smallest
-number, in words of :data:`~actreg_dispatch.sums.exact.WORD_BITS` = 26 bits that are carried at the
-very end (:func:`~actreg_dispatch.sums.exact.sum_of_words`). An integer of at most 54 bits, moved by
-at most 25, adds less than 2²⁷ to three words. Of one element there are at most four of them, one
-sum of 63 bits for a tile adds less, so that a word, of 63 bits and a sign, holds those of
-``MOST_TERMS`` = 2³³ elements, however short their tiles are.
+**The superaccumulator** (Kulisch) is an integer in units of 2⁻³²²², far below the square of the
+smallest number, in words of :data:`~actreg_dispatch.sums.exact.WORD_BITS` = 26 bits that are
+carried at the very end (:func:`~actreg_dispatch.sums.exact.sum_of_words`). An integer of at most 54
+bits, moved by at most 25, adds less than 2²⁷ to three words. Of one element there are at most four
+of them, one sum of 63 bits for a tile adds less, so that a word, of 63 bits and a sign, holds those
+of ``MOST_TERMS`` = 2³³ elements, however short their tiles are.
 
 References
 ----------
@@ -61,14 +61,13 @@ from actreg_dispatch.backends.numba.bits import (
 from actreg_dispatch.backends.numba.rows import absolute, plus, square
 from actreg_dispatch.dtypes import FLOAT64
 from actreg_dispatch.sums.certified import HIGHEST_EXPONENT, LOWEST_EXPONENT
-from actreg_dispatch.sums.exact import INFINITIES, NANS, WORD_BITS
+from actreg_dispatch.sums.exact import INFINITIES, NANS, UNIT, WORD_BITS
 
 __all__ = ["EXACT_TERMS", "MOST_TERMS", "no_tile", "sum_exactly", "tile_of"]
 
 EXACT_TERMS = 1 << 11
 _REACH = 240
 MOST_TERMS = 1 << 33
-_UNITS = 2148  # 2 to the power -_UNITS is the unit of an accumulator
 _WORD = (1 << WORD_BITS) - 1
 
 
@@ -108,10 +107,10 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
                 high, low, excess_high, excess_low = extract_some(
                     xs, anchor, excess_anchor, least, above
                 )
-            _add_integer(words, high, exponent - 50 + _UNITS)
+            _add_integer(words, high, exponent - 50 - UNIT)
             _add_number(words, low)
             if has_excess:
-                _add_integer(words, -excess_high, exponent - 103 + _UNITS)
+                _add_integer(words, -excess_high, exponent - 103 - UNIT)
                 _add_number(words, -excess_low)
             if span <= 94 - digits:
                 return
@@ -181,20 +180,21 @@ def _add_element(words, x, degree):  # type: ignore[no-untyped-def]
         words[INFINITIES if magnitude == math.inf else NANS] += 1
         return
     m, shift = _decoded(magnitude)
+    shift = degree * (shift - 1074) - UNIT
     if degree == 1:
-        _add_integer(words, m, shift + _UNITS // 2)
+        _add_integer(words, m, shift)
     else:
         low, high = m & _WORD, m >> WORD_BITS
-        _add_integer(words, low * low, 2 * shift)
-        _add_integer(words, 2 * low * high, 2 * shift + WORD_BITS)
-        _add_integer(words, high * high, 2 * shift + 2 * WORD_BITS)
+        _add_integer(words, low * low, shift)
+        _add_integer(words, 2 * low * high, shift + WORD_BITS)
+        _add_integer(words, high * high, shift + 2 * WORD_BITS)
 
 
 @register_jitable
 def _add_number(words, number):  # type: ignore[no-untyped-def]
     """Add a finite number of binary64."""
     m, shift = _decoded(number)
-    _add_integer(words, -m if number < 0.0 else m, shift + _UNITS // 2)
+    _add_integer(words, -m if number < 0.0 else m, shift - 1074 - UNIT)
 
 
 @register_jitable
