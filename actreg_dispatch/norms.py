@@ -420,7 +420,7 @@ register_norm(
         "hoyer",
         terms=(1, 2),
         penalty=lambda lam, s: lam[0] * (s[0] * (s[0] / s[1])),  # in this order all are in range
-        coefficients=lambda lam, s: ((lam[0] + lam[0]) * (s[0] / s[1]), s[0] / s[1]),
-        gradient=lambda x, lam, c: signed(c[0], x) - c[0] * (c[1] * x),
+        coefficients=lambda lam, s: (s[0] / s[1],),
+        gradient=lambda x, lam, c: (lam[0] + lam[0]) * (signed(c[0], x) - c[0] * (c[0] * x)),
     )
 )

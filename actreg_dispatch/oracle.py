@@ -99,14 +99,13 @@ def _hoyer(
     if not total:
         return real(0.0), gradients.copy()
     with np.errstate(all="ignore"):
-        factor, strength = (Fraction(float(real(each))) for each in (lam, gradient_lam))
+        factor = Fraction(float(real(lam)))
         ratio = _operation(total / squares)
         size = _operation(factor * _operation(total * ratio))
-        outer = real(binary64(_operation(_operation(strength + strength) * ratio)))
-        inner = real(binary64(ratio))
-        sign = np.where(x > 0, outer, np.where(x < 0, -outer, real(0.0)))
+        r, strength = real(binary64(ratio)), real(gradient_lam)
+        sign = np.where(x > 0, r, np.where(x < 0, -r, real(0.0)))
         updated = gradients.copy()
-        updated[...] = updated.astype(x.dtype) + (sign - outer * (inner * x))
+        updated[...] = updated.astype(x.dtype) + (strength + strength) * (sign - r * (r * x))
         return real(binary64(size)), updated
 
 

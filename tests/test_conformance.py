@@ -115,7 +115,7 @@ def test_a_scale_that_is_not_finite_propagates(arrays, norm, scale):
             ActivityNorm.L2: np.float32(scale) * values,
             ActivityNorm.L2_SQUARED: np.float32(scale) * values,
             ActivityNorm.L1_L2_SQUARED: np.float32(scale) * values,
-            ActivityNorm.HOYER: np.full(4, math.nan, np.float32),
+            ActivityNorm.HOYER: np.float32(scale) * np.float32([0.0, 0.0, 1.0, 1.0]),
         }[norm]
     reg = arrays.regularization(0.5, norm)
     penalty, found = arrays.updated(reg, values, np.ones(4, np.float32), scale=scale)
@@ -125,7 +125,9 @@ def test_a_scale_that_is_not_finite_propagates(arrays, norm, scale):
 
 @norms
 @dtypes
-@pytest.mark.parametrize(("reduction", "count"), [("mean", 21), ("batch", 3)])
+@pytest.mark.parametrize(
+    ("reduction", "count"), [("mean", 21), ("batch", 3), (-1, 7), ((0, -1), 21)]
+)
 def test_reductions_divide_the_strength(arrays, norm, dtype, reduction, count):
     values = np.random.default_rng(6).normal(size=(3, 7)).astype(dtype)
     expected = exact_result(values, np.ones_like(values), norm, 0.1 / count)
@@ -292,10 +294,10 @@ def test_the_sum_of_any_pieces_leads_to_the_penalty_of_the_whole(backend, norm, 
 
 @norms
 @dtypes
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch", (1,)])
 def test_the_gradient_of_pieces_is_that_of_the_whole(backend, norm, dtype, reduction):
     values = np.random.default_rng(7).normal(size=(40, 5)).astype(dtype)
-    count = {"sum": None, "mean": 200, "batch": 40}[reduction]
+    count = {"sum": None, "mean": 200, "batch": 40, (1,): 5}[reduction]
     reg = backend.regularization(0.1, norm, reduction=reduction)
     whole, gradients = (backend.array(np.ones_like(values)) for _ in range(2))
     activations = backend.array(values)
