@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.options import Constants, Options
+from actreg_dispatch.options import Constants, Options, Reduction
 from actreg_dispatch.sums.exact import Total
 
 __all__ = ["Backend"]
@@ -85,7 +85,7 @@ class Backend(ABC):
         self.add_gradient(activations, gradients, norm, constants, coefficients)
 
     def fused_kernel(
-        self, norm: Norm, reduction: str, activations: np.ndarray[Any, Any], *, writes: bool
+        self, norm: Norm, reduction: Reduction, activations: np.ndarray[Any, Any], *, writes: bool
     ) -> Callable[..., float] | None:
         """Return a function that does a whole call on contiguous arrays like that, or None.
 

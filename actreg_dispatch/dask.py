@@ -52,7 +52,14 @@ from dask.base import normalize_token, tokenize
 from actreg_dispatch import dispatch
 from actreg_dispatch.dtypes import COMPUTE_DTYPES
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.options import Options, check_scale, constants_of, count_of
+from actreg_dispatch.options import (
+    Options,
+    Reduction,
+    check_scale,
+    constants_of,
+    count_of,
+    divided_axes,
+)
 from actreg_dispatch.registry import NUMPY, requested
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.threads import serially
@@ -221,14 +228,14 @@ def _added_up(name: str, task: Callable[..., Any], array: da.Array) -> da.Array:
     )
 
 
-def _count(reduction: str, activations: da.Array) -> Any:
+def _count(reduction: Reduction, activations: da.Array) -> Any:
     """Return what λ is divided by: an int, or a 0-d array where that takes computing."""
-    lengths = {"sum": (), "mean": activations.shape, "batch": activations.shape[:1]}
-    if not any(map(math.isnan, lengths[reduction])):
+    axes = divided_axes(reduction, activations.ndim)
+    if not any(math.isnan(activations.shape[axis]) for axis in axes):
         return count_of(reduction, activations.shape)
-    if reduction == "batch":  # the chunks along the first axis
-        activations = activations.blocks[(slice(None), *(0,) * (activations.ndim - 1))]
-    return _added_up("actreg-count", partial(_count_chunk, reduction=reduction), activations)
+    along = tuple(slice(None) if axis in axes else 0 for axis in range(activations.ndim))
+    chunks = activations.blocks[along]
+    return _added_up("actreg-count", partial(_count_chunk, counted=axes), chunks)
 
 
 # Tasks.
@@ -241,10 +248,12 @@ def _sum_chunk(chunk: Any, computing_meta: bool = False, *, options: Options, **
         return dispatch.partial_sum(options, _array(chunk))
 
 
-def _count_chunk(chunk: Any, computing_meta: bool = False, *, reduction: str, **axes: Any) -> Any:
+def _count_chunk(
+    chunk: Any, computing_meta: bool = False, *, counted: tuple[int, ...], **axes: Any
+) -> Any:
     if computing_meta:
         return _no_numbers(chunk)
-    return chunk.size if reduction == "mean" else len(chunk)
+    return math.prod(chunk.shape[axis] for axis in counted)
 
 
 def _no_numbers(chunk: Any) -> Any:

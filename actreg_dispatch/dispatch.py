@@ -136,7 +136,7 @@ class Dispatcher:
         if not all(array.flags.c_contiguous for array in arrays):
             return None
         if not activations.ndim:
-            if options.reduction == "batch":
+            if options.reduction not in ("sum", "mean"):
                 return None
             arrays = tuple([array.reshape(1) for array in arrays])
         axes = arrays[0].ndim

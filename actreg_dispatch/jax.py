@@ -362,7 +362,7 @@ def _callback(
     reg = _regularization(options)
     # What the choice of a backend may raise is raised here; a callback must not.
     zeros = (0.0,) * len(options.lam)
-    _regularization(options._replace(lam=zeros)).penalty(np.empty(0, dtype))
+    _regularization(options._replace(lam=zeros)).penalty(np.empty((0,) * len(shape) or 0, dtype))
     compute = compute_dtype(dtype)
     results = [jax.ShapeDtypeStruct((), compute)]
     if with_gradient:

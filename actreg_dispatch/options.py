@@ -17,16 +17,21 @@ __all__ = [
     "UNSCALED",
     "Constants",
     "Options",
+    "Reduction",
     "check_count",
     "check_lam",
     "check_number",
     "check_real",
+    "check_reduction",
     "check_scale",
     "constants_of",
     "count_of",
+    "divided_axes",
 ]
 
 REDUCTIONS = ("sum", "mean", "batch")
+Reduction = str | tuple[int, ...]
+"""One of :data:`REDUCTIONS`, or the axes whose lengths divide λ."""
 UNSCALED = 1.0
 """The scale of a call that is given none, which is told by this very object."""
 
@@ -37,7 +42,7 @@ class Options(NamedTuple):
     lam: tuple[float, ...]
     norm: Norm
     epsilon: float | None
-    reduction: str
+    reduction: Reduction
     backend: str | None
 
 
@@ -49,7 +54,35 @@ class Constants(NamedTuple):
     epsilon: float
 
 
-def count_of(reduction: str, shape: tuple[int, ...], name: str = "activations") -> int:
+def divided_axes(reduction: Reduction, ndim: int, name: str = "activations") -> tuple[int, ...]:
+    """Return the axes whose lengths divide λ, for activations of ``ndim`` axes.
+
+    Raises
+    ------
+    ValueError
+        If activations, which are called ``name``, do not have them, or one is named twice.
+    """
+    if reduction == "sum":
+        return ()
+    if reduction == "mean":
+        return tuple(range(ndim))
+    asked = reduction if isinstance(reduction, tuple) else (0,)
+    for axis in asked:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"{name} have {ndim or 'no'} axes, but reduction={reduction!r} divides by the "
+                f"length of axis {axis}; name an axis that they have, or use reduction='sum'"
+            )
+    axes = tuple([axis % ndim for axis in asked])
+    if len(set(axes)) < len(axes):
+        raise ValueError(
+            f"reduction={reduction!r} names an axis of {name} twice, as they have {ndim} axes; "
+            f"name each once"
+        )
+    return axes
+
+
+def count_of(reduction: Reduction, shape: tuple[int, ...], name: str = "activations") -> int:
     """Return what λ is divided by for activations of ``shape``, which errors call ``name``.
 
     Raises
@@ -57,16 +90,34 @@ def count_of(reduction: str, shape: tuple[int, ...], name: str = "activations") 
     ValueError
         If that is the length of an axis that they do not have.
     """
-    if reduction == "sum":
-        return 1
-    if reduction == "mean":
-        return max(1, math.prod(map(int, shape)))
-    if not shape:
-        raise ValueError(f"{name} have no axes, so no batch to divide by; use reduction='sum'")
-    return max(1, int(shape[0]))
+    return max(1, math.prod(int(shape[k]) for k in divided_axes(reduction, len(shape), name)))
 
 
-def check_count(reduction: str, count: int | None) -> int:
+def check_reduction(value: Any) -> Reduction:
+    """Return ``value`` as one of :data:`REDUCTIONS`, or as a tuple of axes.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or names no axis, or one twice.
+    """
+    if isinstance(value, str) and value in REDUCTIONS:
+        return value
+    axes = value if isinstance(value, tuple) else (value,)
+    if not axes or not all(
+        isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in axes
+    ):
+        known = ", ".join(map(repr, REDUCTIONS))
+        raise ValueError(
+            f"reduction={value!r} is unknown; use one of: {known}, or an axis or a tuple of axes "
+            f"whose lengths divide λ, such as (0, 1)"
+        )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"reduction={value!r} names an axis twice; name each once")
+    return tuple(map(int, axes))
+
+
+def check_count(reduction: Reduction, count: int | None) -> int:
     """Return what λ is divided by for activations of which only ``count`` is known.
 
     Raises
@@ -79,7 +130,8 @@ def check_count(reduction: str, count: int | None) -> int:
     if not isinstance(count, numbers.Integral) or not 0 <= count < 1 << 63:
         raise ValueError(
             f"count={count!r}, but reduction={reduction!r} divides by a number of all pieces "
-            f"together; pass how many elements ('mean') or samples ('batch') they have"
+            f"together; pass how many elements ('mean') or samples ('batch') they have, or the "
+            f"product of the lengths of the axes"
         )
     return max(1, int(count))
 

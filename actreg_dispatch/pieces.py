@@ -61,8 +61,8 @@ class Piecewise(ABC):
         total : PartialSum or PairedSum
             The sum of what :meth:`partial_sum` returned for all pieces.
         count : int, optional
-            How many elements (``reduction="mean"``) or samples (``"batch"``) all pieces together
-            have; needed for these reductions only.
+            What λ is divided by: how many elements (``reduction="mean"``) or samples (``"batch"``)
+            all pieces together have, or the product of the lengths of the axes. Not for ``"sum"``.
 
         Returns
         -------

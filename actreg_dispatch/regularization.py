@@ -10,11 +10,12 @@ from actreg_dispatch import dispatch
 from actreg_dispatch.layers import Penalties, apply_all
 from actreg_dispatch.norms import NORMS, ActivityNorm, named_norm
 from actreg_dispatch.options import (
-    REDUCTIONS,
     UNSCALED,
     Options,
+    Reduction,
     check_lam,
     check_number,
+    check_reduction,
     check_scale,
 )
 from actreg_dispatch.pieces import Piecewise
@@ -50,9 +51,10 @@ class ActivityRegularization(Piecewise):
     epsilon : float, optional
         ``"l2"`` only: the sum of squares up to which the gradient is zero. By default the machine
         epsilon of the compute dtype; 0.0 gives a zero gradient at x = 0 only.
-    reduction : {"sum", "mean", "batch"}, default "sum"
+    reduction : {"sum", "mean", "batch"}, int or tuple of ints, default "sum"
         What λ is divided by, for the penalty and for the gradient: nothing, the number of elements,
-        or the number of samples, which is the length of the first axis (as Keras 3 has it).
+        or the product of the lengths of these axes, so ``(0, 1)`` for the tokens of
+        ``[batch, time, features]``. ``"batch"`` is axis 0.
     backend : str, optional
         The backend that computes, whatever ``use_backend`` and ``ACTREG_BACKEND`` say; ``"auto"``
         chooses by array type. Data moves to the backend and back if it must.
@@ -86,7 +88,7 @@ class ActivityRegularization(Piecewise):
         norm: str = "l1",
         *,
         epsilon: float | None = None,
-        reduction: str = "sum",
+        reduction: Reduction | int = "sum",
         backend: str | None = None,
     ) -> None:
         found = named_norm(norm)
@@ -99,16 +101,14 @@ class ActivityRegularization(Piecewise):
                     f"leave it out, it belongs to {guarded}"
                 )
             epsilon = check_number("epsilon", epsilon)
-        if reduction not in REDUCTIONS:
-            known = ", ".join(map(repr, REDUCTIONS))
-            raise ValueError(f"reduction={reduction!r} is unknown; use one of: {known}")
+        reduction = check_reduction(reduction)
         if backend is not None:
             backend = check_name(backend, f"backend={backend!r}")
         self._dispatcher = dispatch.Dispatcher(Options(lam, found, epsilon, reduction, backend))
 
     @classmethod
     def l1(
-        cls, lam: float, *, reduction: str = "sum", backend: str | None = None
+        cls, lam: float, *, reduction: Reduction | int = "sum", backend: str | None = None
     ) -> ActivityRegularization:
         """Return the L1 regularization: P(x) = λ·Σ|xᵢ|, gradient λ·sign(xᵢ)."""
         return cls(lam, ActivityNorm.L1, reduction=reduction, backend=backend)
@@ -119,7 +119,7 @@ class ActivityRegularization(Piecewise):
         lam: float,
         *,
         epsilon: float | None = None,
-        reduction: str = "sum",
+        reduction: Reduction | int = "sum",
         backend: str | None = None,
     ) -> ActivityRegularization:
         """Return the L2 regularization, the norm: P(x) = λ·√(Σxᵢ²), gradient (λ·xᵢ)/‖x‖."""
@@ -127,7 +127,7 @@ class ActivityRegularization(Piecewise):
 
     @classmethod
     def l2_squared(
-        cls, lam: float, *, reduction: str = "sum", backend: str | None = None
+        cls, lam: float, *, reduction: Reduction | int = "sum", backend: str | None = None
     ) -> ActivityRegularization:
         """Return the squared L2 regularization, Keras' "L2": P(x) = λ·Σxᵢ², gradient (λ·2)·xᵢ."""
         return cls(lam, ActivityNorm.L2_SQUARED, reduction=reduction, backend=backend)
@@ -138,7 +138,7 @@ class ActivityRegularization(Piecewise):
         l1: float = 0.0,
         l2_squared: float = 0.0,
         *,
-        reduction: str = "sum",
+        reduction: Reduction | int = "sum",
         backend: str | None = None,
     ) -> ActivityRegularization:
         """Return both in one pass.
@@ -151,7 +151,7 @@ class ActivityRegularization(Piecewise):
 
     @classmethod
     def hoyer(
-        cls, lam: float, *, reduction: str = "sum", backend: str | None = None
+        cls, lam: float, *, reduction: Reduction | int = "sum", backend: str | None = None
     ) -> ActivityRegularization:
         """Return the Hoyer-square, which is scale-free: P(x) = λ·(Σ|xᵢ|)²/Σxᵢ².
 
@@ -191,8 +191,8 @@ class ActivityRegularization(Piecewise):
         return self.options.epsilon
 
     @property
-    def reduction(self) -> str:
-        """What λ is divided by: ``"sum"``, nothing, ``"mean"`` or ``"batch"``."""
+    def reduction(self) -> Reduction:
+        """What λ is divided by: ``"sum"``, nothing, ``"mean"``, ``"batch"``, or a tuple of axes."""
         return self.options.reduction
 
     @property

@@ -134,7 +134,7 @@ def test_l2_has_no_gradient_up_to_epsilon():
 
 
 @norms
-@pytest.mark.parametrize("reduction", ["mean", "batch"])
+@pytest.mark.parametrize("reduction", ["mean", "batch", 1])
 def test_reductions_count_over_all_chunks(norm, reduction, values):
     reg = ActivityRegularization(0.1, norm, reduction=reduction)
     expected = bits(*reg.penalty_and_gradient(values, scale=2.0))
@@ -143,7 +143,7 @@ def test_reductions_count_over_all_chunks(norm, reduction, values):
 
 
 @norms
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch", -1])
 def test_unknown_lengths_are_counted_lazily(norm, reduction, values):
     rows, columns = values[:, 0] > 0, values[0] > 0
     activations = da.from_array(values, chunks=(5, 3))

@@ -408,7 +408,7 @@ def test_a_backend_that_cannot_run_is_refused(tmp_path, registered, capsys):
 
 def test_batches_need_an_axis(tmp_path):
     path = saved(tmp_path, x=np.ones(()))[0]
-    with pytest.raises(ValueError, match="no batch to divide by; use reduction='sum'"):
+    with pytest.raises(ValueError, match="have no axes, but reduction='batch' divides"):
         files.penalty(ActivityRegularization(0.1, reduction="batch"), path)
 
 
@@ -597,7 +597,7 @@ def test_a_journal_keeps_another_update_away(interrupted):
     [
         (ActivityRegularization.l1(0.25), {}, "lam 0.5, not 0.25"),
         (ActivityRegularization.l2_squared(0.5), {}, "norm l1, not l2_squared"),
-        (ActivityRegularization.l1(0.5, reduction="mean"), {}, "reduction sum, not mean"),
+        (ActivityRegularization.l1(0.5, reduction="mean"), {}, "reduction 'sum', not 'mean'"),
         (ActivityRegularization.l1(0.5), {"scale": 2.0}, "scale 1.0, not 2.0"),
     ],
 )

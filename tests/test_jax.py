@@ -278,7 +278,7 @@ def test_nan_and_infinity_propagate(norm):
                 assert_array_equal(found, wanted)
 
 
-@pytest.mark.parametrize(("reduction", "count"), [("mean", 21), ("batch", 3)])
+@pytest.mark.parametrize(("reduction", "count"), [("mean", 21), ("batch", 3), (1, 7)])
 def test_reductions_divide_the_strength_in_callbacks(reduction, count):
     values = values_of((3, 7), "float32")
     reg = ActivityRegularization.l2(0.1, reduction=reduction)

@@ -232,6 +232,37 @@ def test_an_unknown_reduction_is_refused():
         ActivityRegularization.l1(0.5, reduction="avg")
 
 
+@pytest.mark.parametrize("axes", [(), (0.5,), (True,), None, [0], (0, "batch"), np.array(0)])
+def test_axes_are_whole_numbers(axes):
+    with pytest.raises(ValueError, match=r"reduction=.* is unknown; .* or an axis or a tuple of"):
+        ActivityRegularization.l1(0.5, reduction=axes)
+
+
+def test_axes_that_do_not_exist_or_repeat_are_refused():
+    with pytest.raises(ValueError, match=r"reduction=\(1, 1\) names an axis twice"):
+        ActivityRegularization(0.5, reduction=(1, 1))
+    gradients, layers = np.zeros((2, 3)), [np.zeros(2), np.zeros((2, 3))]
+    for axes, message in (
+        ((0, -2), r"reduction=\(0, -2\) names an axis of activations twice, as they have 2 axes"),
+        (2, r"activations have 2 axes, but reduction=\(2,\) divides by the length of axis 2; name"),
+        ((0, -3), "divides by the length of axis -3"),
+    ):
+        reg, x = ActivityRegularization(0.5, reduction=axes), np.ones((2, 3))
+        for call in (reg.penalty, reg.penalty_and_gradient, lambda x, r=reg: r.apply(x, gradients)):
+            with pytest.raises(ValueError, match=message):
+                call(x)
+    with pytest.raises(ValueError, match=r"activations\[0\] have 1 axes, but reduction=\(1,\)"):
+        ActivityRegularization(0.5, reduction=1).apply_all([np.ones(2), np.ones((2, 3))], layers)
+    assert not any(each.any() for each in (gradients, *layers))
+
+
+def test_one_axis_is_a_tuple_of_it():
+    reg = ActivityRegularization(0.5, reduction=np.int64(1))
+    assert reg == ActivityRegularization(0.5, reduction=(1,))
+    assert reg.reduction == (1,)
+    assert repr(reg) == "ActivityRegularization(0.5, 'l1', reduction=(1,))"
+
+
 def test_a_reduction_is_part_of_the_value():
     reg = ActivityRegularization.l2(0.5, reduction="mean")
     assert reg.reduction == "mean"
@@ -243,7 +274,7 @@ def test_a_reduction_is_part_of_the_value():
 def test_a_batch_needs_an_axis():
     reg, gradients = ActivityRegularization(0.5, reduction="batch"), np.array(0.0)
     for call in (lambda: reg.penalty(np.array(1.0)), lambda: reg.apply(np.array(1.0), gradients)):
-        with pytest.raises(ValueError, match="activations have no axes, so no batch"):
+        with pytest.raises(ValueError, match="activations have no axes, but"):
             call()
     assert gradients == 0
 

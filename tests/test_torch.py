@@ -248,7 +248,7 @@ def test_out_is_overwritten_and_returned(norm):
 
 
 @norms
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch", -1])
 def test_pieces_lead_to_the_whole(norm, reduction):
     reg = ActivityRegularization(0.1, norm, reduction=reduction)
     activations, whole, pieces = normal(40, 5), torch.ones(40, 5), torch.ones(40, 5)
@@ -555,7 +555,7 @@ def test_a_scaled_loss_has_scaled_gradients(norm):
 
 
 @norms
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch", -1])
 def test_gradcheck(norm, reduction):
     reg = ActivityRegularization(0.3, norm, reduction=reduction)
     activations = normal(3, 2, dtype=torch.float64).requires_grad_()

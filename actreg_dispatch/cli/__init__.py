@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from actreg_dispatch import BackendError, __version__
-from actreg_dispatch.cli.options import natural, positive, why_not_writable
+from actreg_dispatch.cli.options import natural, positive, reduction, why_not_writable
 from actreg_dispatch.norms import NORMS
 from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
@@ -103,9 +103,10 @@ def _add_files(commands: Any) -> None:
         )
         command.add_argument(
             "--reduction",
-            choices=("sum", "mean", "batch"),
+            type=reduction,
             default="sum",
-            help="what λ is divided by: nothing, elements, or length of axis 0 (default: sum)",
+            metavar="{sum,mean,batch} or AXIS,...",
+            help="what λ is divided by: nothing, elements, or lengths of axes (default: sum)",
         )
         if command is apply:
             command.add_argument(

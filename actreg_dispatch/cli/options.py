@@ -6,7 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-__all__ = ["natural", "positive", "why_not_writable"]
+from actreg_dispatch.options import REDUCTIONS, Reduction, check_reduction
+
+__all__ = ["natural", "positive", "reduction", "why_not_writable"]
 
 
 def positive(text: str) -> int:
@@ -22,6 +24,17 @@ def natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= 0")
     return int(text)
+
+
+def reduction(text: str) -> Reduction:
+    """Return what λ is divided by: a name, or axes with commas between them."""
+    try:
+        return check_reduction(text if text in REDUCTIONS else tuple(map(int, text.split(","))))
+    except ValueError:
+        known = ", ".join(REDUCTIONS)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of: {known}, or axes such as 0,1"
+        ) from None
 
 
 def why_not_writable(option: str, path: Path, suffix: str, overwrite: bool) -> str:

@@ -308,7 +308,7 @@ def _about(
         "norm": _defined(options.norm),
         "lam": repr(options.lam if options.norm.n_lams > 1 else options.lam[0]),
         "epsilon": repr(options.epsilon),
-        "reduction": options.reduction,
+        "reduction": repr(options.reduction),
         "scale": repr(float(scale)),
         "dtype": str(x.dtype),
         "shape": list(x.shape),

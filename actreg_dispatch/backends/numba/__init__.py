@@ -29,7 +29,7 @@ from actreg_dispatch.backends.numba.exact import MOST_TERMS
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.options import REDUCTIONS, Constants, Options
+from actreg_dispatch.options import Constants, Options, Reduction, count_of, divided_axes
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import (
@@ -127,7 +127,7 @@ class NumbaBackend(Backend):
         _update(activations, gradients, norm, constants, coefficients, overwrites=True)
 
     def fused_kernel(
-        self, norm: Norm, reduction: str, activations: Array, *, writes: bool
+        self, norm: Norm, reduction: Reduction, activations: Array, *, writes: bool
     ) -> Callable[..., float] | None:
         """Return the fused kernel.
 
@@ -137,7 +137,7 @@ class NumbaBackend(Backend):
         if parallel and not may_use_threads():
             return None
         return kernel_of(  # type: ignore[no-any-return]
-            _fused, norm, reduction, x.dtype, x.ndim, writes, parallel
+            _fused, norm, _divides(reduction, x.ndim), x.dtype, x.ndim, writes, parallel
         )
 
     def fused_batch(
@@ -162,17 +162,19 @@ class NumbaBackend(Backend):
                 if bits is not dtype:
                     x, g = x.view(bits), g.view(bits)
                 axes = x.ndim
-                if axes == g.ndim == 0 and options.reduction != "batch":
+                if axes == g.ndim == 0 and options.reduction in ("sum", "mean"):
                     x, g, axes = x.reshape(1), g.reshape(1), 1
                 if axes not in describe:
                     if not axes:
                         return None
-                    describe[axes] = kernel_of(drivers.describing_kernel, bits, axes, True)
-                found = describe[axes](x, g, address, layer)
+                    kernel = kernel_of(drivers.describing_kernel, bits, axes, True)
+                    describe[axes] = kernel, _divides(options.reduction, axes)
+                kernel, divides = describe[axes]
+                found = kernel(x, g, divides, address, layer)
                 if found < 0:
                     return None
                 size += found
-        except TypeError:  # not contiguous, or read-only
+        except (TypeError, ValueError):  # not contiguous, read-only, or without the axes it takes
             return None
         if not kernel_of(drivers.apartness_kernel)(address, layers):
             return None
@@ -192,10 +194,15 @@ class NumbaBackend(Backend):
             array.view(bits).reshape(shape)
             for array in (activations, activations if gradients is None else gradients)
         )
-        samples = activations.shape[1] if activations.ndim > 1 else 1
-        kernel_of(drivers.rows_kernel, bits)(x, g, samples, ctypes.addressof(calls))
+        count = count_of(options.reduction, activations.shape[1:])
+        kernel_of(drivers.rows_kernel, bits)(x, g, count, ctypes.addressof(calls))
         plan = _plan(norm, activations.dtype, writes=gradients is not None, overwrites=overwrites)
         return _batch(calls, x.size, plan, options, scale)
+
+
+def _divides(reduction: Reduction, axes: int) -> int:
+    """Return the axes whose lengths divide λ as bits."""
+    return sum(1 << axis for axis in divided_axes(reduction, axes))
 
 
 def _batch(calls: Any, size: int, plan: Plan, options: Options, scale: float) -> Array | None:
@@ -206,8 +213,8 @@ def _batch(calls: Any, size: int, plan: Plan, options: Options, scale: float) ->
     epsilon = math.nan if options.epsilon is None else options.epsilon
     penalties = np.empty(len(calls))
     taken = kernel(
-        *(ctypes.addressof(plan), ctypes.addressof(calls), len(calls), lam),
-        *(REDUCTIONS.index(options.reduction), scale, epsilon, penalties),
+        *(ctypes.addressof(plan), ctypes.addressof(calls), len(calls)),
+        *(lam, scale, epsilon, penalties),
     )
     return penalties if taken else None
 
@@ -219,7 +226,7 @@ def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | N
         if not x.ndim:
             x, g = x.reshape(1), g.reshape(1)
         describe = kernel_of(drivers.describing_kernel, bits, x.ndim, g.flags.writeable)
-        describe(x.view(bits), g.view(bits), ctypes.addressof(call), 0)
+        describe(x.view(bits), g.view(bits), 0, ctypes.addressof(call), 0)
     else:
         call = _rows_of(x, g) if x.size else Call()  # of no blocks
     if norm is not None and constants is not None:
@@ -239,7 +246,7 @@ def _rows_of(x: Array, g: Array) -> Call:
     all_pieces, per_block = math.prod(lengths) * pieces, max(1, BLOCK // length)
     axes = np.array([*zip(lengths, x_steps, g_steps, strict=True)], np.int64) if lengths else None
     call = Call(
-        *(x.ctypes.data, g.ctypes.data, x.size, 0),
+        *(x.ctypes.data, g.ctypes.data, x.size),
         *(length, x_step, g_step, len(lengths), 0 if axes is None else axes.ctypes.data),
         *(pieces, all_pieces, per_block, -(-all_pieces // per_block)),
     )
@@ -318,10 +325,10 @@ def _plan(
     overwrites: bool = False,
     dense: bool = True,
     parallel: bool = False,
-    reduction: str = "sum",
+    divides: int = 0,
 ) -> Plan:
     """Return how such calls are done."""
-    key = norm, dtype, writes, overwrites, dense, parallel, reduction
+    key = norm, dtype, writes, overwrites, dense, parallel, divides
     return kernel_of(_compiled_plan, *key)  # type: ignore[no-any-return]
 
 
@@ -332,7 +339,7 @@ def _compiled_plan(
     overwrites: bool,
     dense: bool,
     parallel: bool,
-    reduction: str,
+    divides: int,
 ) -> Plan:
     compute = COMPUTE_DTYPES[dtype]
     summing = _summing(norm, dtype, dense) if norm.two_pass or not writes else None
@@ -343,7 +350,7 @@ def _compiled_plan(
     finish = kernel_of(functions.finish_function, norm, compute)
     used = whole, first, second, prepare, finish
     addresses = [function.address if function else 0 for function in used]
-    plan = Plan(*addresses, parallel, REDUCTIONS.index(reduction))
+    plan = Plan(*addresses, parallel, divides)
     _IN_USE.append((plan, *used))
     return plan
 
@@ -353,11 +360,11 @@ _IN_USE: list[Any] = []
 
 
 def _fused(
-    norm: Norm, reduction: str, dtype: np.dtype[Any], axes: int, writes: bool, parallel: bool
+    norm: Norm, divides: int, dtype: np.dtype[Any], axes: int, writes: bool, parallel: bool
 ) -> Any:
     """Return the fused kernel, ready for what the caller has: 16-bit floats, forked processes."""
     bits = bits_of(dtype)
-    plan = _plan(norm, dtype, writes=writes, parallel=parallel, reduction=reduction)
+    plan = _plan(norm, dtype, writes=writes, parallel=parallel, divides=divides)
     kernel: Any = kernel_of(drivers.fused_kernel, bits, axes, norm.n_lams, writes)
     # A bound method is called as quickly as its function.
     kernel = MethodType(kernel, float(ctypes.addressof(plan)))

@@ -61,7 +61,6 @@ class Call(ctypes.Structure):
         ("activations", ctypes.c_int64),  # addresses of the first elements
         ("gradients", ctypes.c_int64),
         ("size", ctypes.c_int64),
-        ("samples", ctypes.c_int64),  # of a layer of many: the length of its first axis
         ("length", ctypes.c_int64),  # of a row
         ("x_step", ctypes.c_int64),
         ("g_step", ctypes.c_int64),
@@ -92,7 +91,7 @@ class Plan(ctypes.Structure):
         ("prepare", ctypes.c_int64),
         ("finish", ctypes.c_int64),
         ("parallel", ctypes.c_int64),  # whether the driver is
-        ("reduction", ctypes.c_int64),  # what divides λ, a place in REDUCTIONS
+        ("divides", ctypes.c_int64),  # bit k: whether the length of axis k divides λ
     )
 
 

@@ -198,11 +198,21 @@ def _fused(plan, x, g, lam, scale, epsilon, store):  # type: ignore[no-untyped-d
     call = call_at(address)
     _describe(call, start, g_start, x.size, x.itemsize)
     store(call.lam, lam)
-    call.count = max(1, (1, x.size, x.shape[0])[functions.reduction])
+    call.count = _count(x.shape, functions.divides)
     call.scale, call.epsilon = scale, epsilon
     if not call_function(functions.prepare, (address,)):
         return NOT_HANDLED
     return call_whole(functions.whole, (plan, address))
+
+
+@register_jitable
+def _count(shape, divides):  # type: ignore[no-untyped-def]
+    """Return what λ is divided by: the product of the lengths whose bits are set, at least 1."""
+    count = 1
+    for axis in range(len(shape)):
+        if divides >> axis & 1:
+            count *= shape[axis]
+    return max(1, count)
 
 
 def _lam_type(n_lams: int) -> Any:
@@ -241,37 +251,38 @@ def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
 def describing_kernel(dtype: np.dtype[Any], axes: int, writes: bool) -> Any:
     """Compile the function that describes contiguous arrays of so many axes as one of many calls.
 
-    It returns the number of elements, or -1 where shapes differ or an array is not aligned. Arrays
-    of another dtype or layout, and gradients that are read-only if it ``writes``, are a TypeError.
+    It is given which axes divide λ, as bits, the calls, and the number of this one, and returns the
+    number of elements, or -1 where shapes differ or an array is not aligned. Arrays of another
+    dtype or layout, and gradients that are read-only if it ``writes``, are a TypeError.
     """
 
-    def kernel(x, g, calls, layer):  # type: ignore[no-untyped-def]
+    def kernel(x, g, divides, calls, layer):  # type: ignore[no-untyped-def]
         start, g_start = address_of(x), address_of(g)
         if x.shape != g.shape or (start | g_start) % x.itemsize != 0:
             return -1
         call = call_at(calls + layer * _CALL_BYTES)
         _describe(call, start, g_start, x.size, x.itemsize)
-        call.samples = x.shape[0]
+        call.count = _count(x.shape, divides)
         return x.size
 
     element = numba.from_dtype(dtype)
     x = types.Array(element, axes, "C", readonly=True)
     g = types.Array(element, axes, "C", readonly=not writes)
-    return compile_kernel(kernel, _INT(x, g, _INT, _INT), dtype, axes, writes, _nrt=False)
+    return compile_kernel(kernel, _INT(x, g, _INT, _INT, _INT), dtype, axes, writes, _nrt=False)
 
 
 def rows_kernel(dtype: np.dtype[Any]) -> Any:
     """Compile the function that describes each row of contiguous arrays as one of many calls.
 
-    It is given the length of the first axis of what a row stands for, and the first call.
+    It is given what λ is divided by for a row, and the first call.
     """
 
-    def kernel(x, g, samples, calls):  # type: ignore[no-untyped-def]
+    def kernel(x, g, count, calls):  # type: ignore[no-untyped-def]
         rows, length = x.shape
         for row in range(rows):
             call, start = call_at(calls + row * _CALL_BYTES), row * length * x.itemsize
             _describe(call, address_of(x) + start, address_of(g) + start, length, x.itemsize)
-            call.samples = samples
+            call.count = count
 
     rows = types.Array(numba.from_dtype(dtype), 2, "C", readonly=True)
     return compile_kernel(kernel, types.void(rows, rows, _INT, _INT), dtype, _nrt=False)
@@ -307,14 +318,14 @@ def apartness_kernel() -> Any:
 def batch_kernel(n_lams: int, parallel: bool) -> Any:
     """Compile the driver of one whole call for each layer.
 
-    It takes the plan, the calls and their number, λ, which reduction divides it, what λ is
-    multiplied by for the gradient, epsilon (NaN for the default), and where the penalties go. It
-    returns whether it took the layers; if not, nothing was written.
+    It takes the plan, the calls and their number, λ, what λ is multiplied by for the gradient,
+    epsilon (NaN for the default), and where the penalties go. It returns whether it took the
+    layers; if not, nothing was written.
     """
     as_tuple, store = _as_tuple(n_lams), store_of(n_lams)
     run_blocks = _layers_in_parallel if parallel else _layers_in_series
 
-    def kernel(plan, calls, layers, lam, reduction, scale, epsilon, penalties):  # type: ignore[no-untyped-def]
+    def kernel(plan, calls, layers, lam, scale, epsilon, penalties):  # type: ignore[no-untyped-def]
         functions = plan_at(plan)
         before = np.empty(layers + 1, np.int64)  # how many blocks the layers before have
         before[0] = 0
@@ -322,8 +333,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
             address = calls + layer * _CALL_BYTES
             call = call_at(address)
             store(call.lam, as_tuple(lam))
-            count = (1, call.size, call.samples)[reduction]
-            call.count, call.scale, call.epsilon = max(1, count), scale, epsilon
+            call.scale, call.epsilon = scale, epsilon
             if not call_function(functions.prepare, (address,)):
                 return False
             before[layer + 1] = before[layer] + call.blocks
@@ -352,7 +362,7 @@ def batch_kernel(n_lams: int, parallel: bool) -> Any:
         return True
 
     penalties = types.Array(_FLOAT, 1, "C")
-    signature = types.boolean(_INT, _INT, _INT, _lam_type(n_lams), _INT, _FLOAT, _FLOAT, penalties)
+    signature = types.boolean(_INT, _INT, _INT, _lam_type(n_lams), _FLOAT, _FLOAT, penalties)
     return compile_kernel(kernel, signature, n_lams, parallel)
 
 
