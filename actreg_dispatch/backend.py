@@ -11,6 +11,7 @@ import numpy as np
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants, Options, Reduction
 from actreg_dispatch.sums.exact import Total
+from actreg_dispatch.weights import check_weight_values
 
 __all__ = ["Backend"]
 
@@ -28,7 +29,12 @@ class Backend(ABC):
     :class:`~actreg_dispatch.options.Constants`: ``lam``, λ of the penalty, and ``gradient_lam``, λ
     of the gradient, are tuples of floats that the compute dtype T holds exactly; those of the
     gradient may be negative, infinite or NaN. ``epsilon`` is what the norm's guard, if it has one,
-    compares with.
+    compares with. ``weights``, if there are any, are an array of the same type whose dtype is that
+    of the activations, T or bool, a view of their shape that was broadcast. The terms of the sums
+    are multiplied by them, and so is λ of the gradient, rounded to T once; an element whose weight
+    is 0 is left out. A backend on the host refuses those that are negative or not finite, by
+    :func:`~actreg_dispatch.weights.check_weight_values`, before it writes anything; on a device
+    they make the penalty NaN.
     """
 
     name: str
@@ -43,15 +49,24 @@ class Backend(ABC):
         return not self.unavailable_because
 
     @abstractmethod
-    def partial_sum(self, activations: Any, norm: Norm) -> Total:
+    def partial_sum(self, activations: Any, norm: Norm, weights: Any = None) -> Total:
         """Return the sum, or both, that the norm takes, exactly, on the host."""
 
     @abstractmethod
-    def penalty(self, activations: Any, norm: Norm, constants: Constants) -> Any:
+    def penalty(
+        self, activations: Any, norm: Norm, constants: Constants, weights: Any = None
+    ) -> Any:
         """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
 
     @abstractmethod
-    def apply(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+    def apply(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        constants: Constants,
+        weights: Any = None,
+    ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
 
     @abstractmethod
@@ -62,15 +77,24 @@ class Backend(ABC):
         norm: Norm,
         constants: Constants,
         coefficients: tuple[float, ...],
+        weights: Any = None,
     ) -> None:
         """Add the gradient to ``gradients`` in place; ``coefficients`` are values of T."""
 
     # Optional, for speed.
 
-    def overwrite(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+    def overwrite(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        constants: Constants,
+        weights: Any = None,
+    ) -> Any:
         """Do :meth:`apply` as if ``gradients`` were 0, whatever they hold."""
+        check_weight_values(weights)
         gradients[...] = 0
-        return self.apply(activations, gradients, norm, constants)
+        return self.apply(activations, gradients, norm, constants, weights)
 
     def set_gradient(
         self,
@@ -79,10 +103,12 @@ class Backend(ABC):
         norm: Norm,
         constants: Constants,
         coefficients: tuple[float, ...],
+        weights: Any = None,
     ) -> None:
         """Do :meth:`add_gradient` as if ``gradients`` were 0, whatever they hold."""
+        check_weight_values(weights)
         gradients[...] = 0
-        self.add_gradient(activations, gradients, norm, constants, coefficients)
+        self.add_gradient(activations, gradients, norm, constants, coefficients, weights)
 
     def fused_kernel(
         self, norm: Norm, reduction: Reduction, activations: np.ndarray[Any, Any], *, writes: bool

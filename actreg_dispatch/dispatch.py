@@ -34,7 +34,8 @@ from actreg_dispatch.registry import (
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
 from actreg_dispatch.transfer import MovingBackend, new_like
-from actreg_dispatch.validation import check_activations, check_gradients
+from actreg_dispatch.validation import check_activations, check_gradients, check_weights
+from actreg_dispatch.weights import check_weight_values, kept_of
 
 __all__ = [
     "NO_PLAN",
@@ -43,6 +44,7 @@ __all__ = [
     "apply",
     "backend_for",
     "checked_constants",
+    "checked_weights",
     "finish",
     "partial_sum",
     "penalty",
@@ -203,37 +205,85 @@ def _backend(array_type: str, backend: Backend, target: str) -> Backend:
 
 
 def backend_for(options: Options, array_type: str, *arrays: Any) -> Backend:
-    """Return the backend for checked arrays of type ``array_type``, which moves data if it must."""
-    aligned = array_type != NUMPY or all(array.flags.aligned for array in arrays)
+    """Return the backend for checked arrays, or None, which moves data if it must.
+
+    They are of type ``array_type``, the first being the activations.
+    """
+    aligned = array_type != NUMPY or all(
+        array.flags.aligned for array in arrays if array is not None
+    )
     return _backend(
         array_type, *choose(array_type, arrays[0].dtype, options.backend, aligned=aligned)
     )
 
 
 def checked_constants(
-    options: Options, activations: Any, scale: float = UNSCALED, name: str = "activations"
+    options: Options,
+    activations: Any,
+    scale: float = UNSCALED,
+    name: str = "activations",
+    weights: Any = None,
 ) -> Constants:
     """Return what a backend is told for activations, which errors call ``name``."""
-    # Arrays of other libraries need not have a shape, as long as nothing is divided by it.
-    divides = options.reduction != "sum"
-    count = count_of(options.reduction, activations.shape, name) if divides else 1
+    count = _count(options, activations, weights, name)
     return constants_of(options, activations.dtype, count, scale, name)
+
+
+def _count(options: Options, activations: Any, weights: Any, name: str = "activations") -> int:
+    """Return what λ is divided by for activations, with weights that have been checked."""
+    if options.reduction == "sum":  # arrays of other libraries need not have a shape
+        return 1
+    if weights is not None and weights.dtype.kind == "b":
+        return kept_of(options.reduction, weights, name)
+    return count_of(options.reduction, activations.shape, name)
+
+
+def checked_weights(
+    options: Options,
+    activations: Any,
+    weights: Any,
+    array_type: str,
+    gradients: Any = None,
+    *names: str,
+) -> Any:
+    """Return weights, if there are any, as a view of the shape of the activations.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for :func:`~actreg_dispatch.validation.check_weights`, or if the norm takes none.
+    """
+    if weights is None:
+        return None
+    if not options.norm.takes_weights:
+        raise ValueError(
+            f"weights cannot be used with norm {options.norm.name!r}, whose coefficients use λ; "
+            f"write λ into its gradient instead"
+        )
+    return check_weights(activations, weights, array_type, gradients, *names)
+
+
+def _given(weights: Any) -> tuple[Any, ...]:
+    """Return weights as arguments, if there are any, for backends that may not know of them."""
+    return () if weights is None else (weights,)
 
 
 # The operations of a regularization, checked.
 
 
-def penalty(options: Options, activations: Any) -> Any:
+def penalty(options: Options, activations: Any, weights: Any = None) -> Any:
     """Return the penalty."""
     array_type, x = check_activations(activations)
-    constants = checked_constants(options, x)
-    return backend_for(options, array_type, x).penalty(x, options.norm, constants)
+    w = checked_weights(options, x, weights, array_type)
+    constants = checked_constants(options, x, weights=w)
+    return backend_for(options, array_type, x, w).penalty(x, options.norm, constants, *_given(w))
 
 
-def partial_sum(options: Options, activations: Any) -> Total:
+def partial_sum(options: Options, activations: Any, weights: Any = None) -> Total:
     """Return the exact sum, or both."""
     array_type, x = check_activations(activations)
-    return backend_for(options, array_type, x).partial_sum(x, options.norm)
+    w = checked_weights(options, x, weights, array_type)
+    return backend_for(options, array_type, x, w).partial_sum(x, options.norm, *_given(w))
 
 
 def finish(options: Options, total: Total, count: int | None) -> Any:
@@ -245,10 +295,15 @@ def finish(options: Options, total: Total, count: int | None) -> Any:
     return total.dtype.type(found.penalty)
 
 
-def apply(options: Options, activations: Any, gradients: Any, scale: float) -> Any:
+def apply(
+    options: Options, activations: Any, gradients: Any, scale: float, weights: Any = None
+) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
     array_type, x = check_activations(activations)
-    return update(options, array_type, x, check_gradients(x, gradients, array_type), scale)
+    g = check_gradients(x, gradients, array_type)
+    return update(
+        options, array_type, x, g, scale, checked_weights(options, x, weights, array_type, g)
+    )
 
 
 def add_gradient(
@@ -258,12 +313,14 @@ def add_gradient(
     total: Total | None,
     count: int | None,
     scale: float,
+    weights: Any = None,
     *,
     overwrite: bool = False,
 ) -> None:
     """Add the gradient of a piece to ``gradients`` in place, or write it there."""
     array_type, x = check_activations(activations)
     gradients = check_gradients(x, gradients, array_type)
+    w = checked_weights(options, x, weights, array_type, gradients)
     count = check_count(options.reduction, count)
     constants, norm = constants_of(options, x.dtype, count, scale), options.norm
     coefficients: tuple[float, ...] = ()
@@ -273,28 +330,31 @@ def add_gradient(
         assert total is not None
         found = outcome_of(total, norm, constants)
         if not found.has_gradient:
+            check_weight_values(w)
             if overwrite:
                 gradients[...] = 0
             return
         coefficients = found.coefficients
-    backend = backend_for(options, array_type, x, gradients)
+    backend = backend_for(options, array_type, x, gradients, w)
     function = backend.set_gradient if overwrite else backend.add_gradient
-    function(x, gradients, norm, constants, coefficients)
+    function(x, gradients, norm, constants, coefficients, *_given(w))
 
 
 def penalty_and_gradient(
-    dispatcher: Dispatcher, activations: Any, out: Any, scale: float
+    dispatcher: Dispatcher, activations: Any, out: Any, scale: float, weights: Any = None
 ) -> tuple[Any, Any]:
     """Return the penalty and its gradient, in ``out`` or a new array."""
     options = dispatcher.options
     array_type, x = check_activations(activations)
     if out is not None:
-        gradients = check_gradients(x, out, array_type, "out")
-        return update(options, array_type, x, gradients, scale, overwrite=True), out
+        g = check_gradients(x, out, array_type, "out")
+        w = checked_weights(options, x, weights, array_type, g)
+        return update(options, array_type, x, g, scale, w, overwrite=True), out
+    w = checked_weights(options, x, weights, array_type)
     gradient = new_like(x, array_type)
-    penalty = dispatcher.apply(x, gradient, scale)
+    penalty = dispatcher.apply(x, gradient, scale) if w is None else None
     if penalty is None:
-        penalty = update(options, array_type, x, gradient, scale)
+        penalty = update(options, array_type, x, gradient, scale, w)
     return penalty, gradient
 
 
@@ -304,21 +364,20 @@ def update(
     x: Any,
     gradients: Any,
     scale: float,
+    weights: Any = None,
     *,
     overwrite: bool = False,
 ) -> Any:
     """Do :func:`apply` for checked arrays, or ``overwrite`` the gradients as if they were 0."""
-    constants = checked_constants(options, x, scale)
-    backend = backend_for(options, array_type, x, gradients)
+    constants = checked_constants(options, x, scale, weights=weights)
+    backend = backend_for(options, array_type, x, gradients, weights)
     function = backend.overwrite if overwrite else backend.apply
-    return function(x, gradients, options.norm, constants)
+    return function(x, gradients, options.norm, constants, *_given(weights))
 
 
 def penalty_exactly(options: Options, activations: Any) -> Any:
     """Return the penalty by way of the exact sum."""
-    count = None
-    if options.reduction != "sum":
-        count = count_of(options.reduction, activations.shape)
+    count = _count(options, activations, None)
     return finish(options, partial_sum(options, activations), count)
 
 

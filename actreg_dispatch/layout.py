@@ -1,6 +1,6 @@
 """Reading strided arrays in the order in which they lie in memory, without copying them.
 
-Both operations here act on views: the same elements, other axes. A sum and an elementwise update
+All operations here act on views: the same elements, other axes. A sum and an elementwise update
 do not care in which order they meet the elements, memory does.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["collapse"]
+__all__ = ["collapse", "each_once"]
 
 
 def collapse(*arrays: Any) -> list[Any]:
@@ -49,3 +49,8 @@ def collapse(*arrays: Any) -> list[Any]:
         else:
             shape.append(length)
     return [view.reshape(shape) for view in views]
+
+
+def each_once(array: Any) -> Any:
+    """Return a view of a broadcast ``array`` in which each element stands once."""
+    return array[tuple(slice(0, 1) if step == 0 else slice(None) for step in array.strides)]

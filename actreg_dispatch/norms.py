@@ -99,7 +99,7 @@ class Norm:
         ``coefficients(lam, s)``: a tuple of what the gradient needs of the sums, at most 8,
         evaluated in binary64, each rounded to T once; monotone in each sum. Without it penalty and
         gradient take one pass over memory, and the gradient must be 0 at x = 0; with it they take
-        two.
+        two. If they use λ, the norm takes no weights.
     guard : callable, optional
         ``guard(s, epsilon)``: whether there is a gradient, a comparison by ``>`` or ``<``. A norm
         that has one takes the option ``epsilon``, and two passes.
@@ -146,6 +146,9 @@ class Norm:
         Whether the gradient needs the sums first.
     has_guard : bool
         Whether the norm takes ``epsilon``.
+    takes_weights : bool
+        Whether elements may have weights, which multiply λ in the gradient: not if the coefficients
+        use λ.
     gradient : callable
         ``gradient(x, lam, c)``, on numbers or arrays of any library.
     coefficients, guard : callable
@@ -212,6 +215,7 @@ class Norm:
         holds = Condition("True", "true")
         if guard is not None:
             holds = traced("guard", guard, s, Symbol("epsilon", "epsilon"))
+        self.takes_weights = not any("lam" in each.python for each in cs)
         self.cuda = CudaText(size.cuda, tuple(each.cuda for each in cs), holds.cuda, added.cuda)
         self.source = _SOURCE.format(
             name=name,

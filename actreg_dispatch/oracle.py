@@ -20,25 +20,36 @@ from actreg_dispatch.norms import ActivityNorm
 __all__ = ["binary64", "exact_result", "exact_sum", "root_of", "rounded"]
 
 
-def exact_sum(activations: np.ndarray[Any, Any], norm: ActivityNorm) -> Fraction:
-    """Return Σ|x| for ``L1``, Σx² for the others, without rounding.
+def exact_sum(
+    activations: np.ndarray[Any, Any],
+    norm: ActivityNorm,
+    weights: np.ndarray[Any, Any] | None = None,
+) -> Fraction:
+    """Return Σw|x| for ``L1``, Σwx² for the others, without rounding; w is 1 by default.
 
-    ``activations`` must be finite.
+    What is summed must be finite. An element of weight 0 is not.
     """
-    values = np.asarray(activations).ravel().astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("the exact sum is that of finite activations")
+    values = np.asarray(activations).astype(np.float64)
+    w = np.broadcast_to(1.0 if weights is None else np.asarray(weights, np.float64), values.shape)
+    values, w = values[w != 0], w[w != 0]
+    if not (np.isfinite(values).all() and np.isfinite(w).all()):
+        raise ValueError("the exact sum is that of finite activations and weights")
     # |x| is an integer of 53 bits times a power of two. Terms of equal powers are added as the
     # integers they are, which takes a tenth of the time of a Fraction for each.
-    fractions, exponents = np.frexp(np.abs(values))
-    integers = np.ldexp(fractions, 53).astype(np.int64).tolist()
     power = 1 if norm is ActivityNorm.L1 else 2
+    (xs, x_exponents), (ws, w_exponents) = _integers(values), _integers(w)
     sums: defaultdict[int, int] = defaultdict(int)
-    for integer, exponent in zip(integers, exponents.tolist(), strict=True):
-        sums[exponent] += integer**power
+    for x, weight, exponent in zip(xs, ws, power * x_exponents + w_exponents, strict=True):
+        sums[int(exponent)] += x**power * weight
     lowest = min(sums, default=0)
-    total = sum(each << power * (exponent - lowest) for exponent, each in sums.items())
-    return total * Fraction(2) ** (power * (lowest - 53))
+    total = sum(each << exponent - lowest for exponent, each in sums.items())
+    return total * Fraction(2) ** (lowest - 53 * (power + 1))
+
+
+def _integers(values: np.ndarray[Any, Any]) -> tuple[list[int], np.ndarray[Any, Any]]:
+    """Return integers and exponents: a magnitude is ``integer * 2**(exponent - 53)``."""
+    fractions, exponents = np.frexp(np.abs(values))
+    return np.ldexp(fractions, 53).astype(np.int64).tolist(), exponents.astype(np.int64)
 
 
 def exact_result(
@@ -48,17 +59,38 @@ def exact_result(
     lam: Any,
     epsilon: float | None = None,
     scale: float = 1.0,
+    weights: np.ndarray[Any, Any] | None = None,
 ) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
     """Return the penalty of finite ``activations`` and what becomes of ``gradients``.
 
     The exact sum is rounded to 53 bits once; the operations on it are binary64's, and the
-    gradient's those of the compute dtype, each rounded. ``scale`` multiplies the gradient.
+    gradient's those of the compute dtype, each rounded. ``scale`` multiplies the gradient, and so
+    do ``weights``, an array that broadcasts; where one is 0, the gradient stays as it is.
     """
     compute = compute_dtype(activations.dtype)
     assert compute is not None
     real = compute.type
+    w = None if weights is None else np.broadcast_to(weights, activations.shape).astype(compute)
+    penalty, updated = _result(activations, gradients, norm, lam, epsilon, scale, w, real)
+    if w is not None:
+        updated[w == 0] = gradients[w == 0]
+    return penalty, updated
+
+
+def _result(
+    activations: np.ndarray[Any, Any],
+    gradients: np.ndarray[Any, Any],
+    norm: ActivityNorm,
+    lam: Any,
+    epsilon: float | None,
+    scale: float,
+    w: np.ndarray[Any, Any] | None,
+    real: Any,
+) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
+    """Do :func:`exact_result` for weights of the compute dtype, whose type is ``real``."""
+    compute = np.dtype(real)
     if norm is ActivityNorm.HOYER:
-        return _hoyer(np.asarray(activations).astype(compute), gradients, lam, lam * scale)
+        return _hoyer(np.asarray(activations).astype(compute), gradients, lam, lam * scale, w)
     if norm is ActivityNorm.L1_L2_SQUARED:
         pair = lam if isinstance(lam, tuple) else (lam, lam)
         terms = [(ActivityNorm.L1, pair[0]), (ActivityNorm.L2_SQUARED, pair[1])]
@@ -69,8 +101,9 @@ def exact_result(
     size, steps = 0.0, []
     with np.errstate(all="ignore"):
         for term, factor in terms:
-            total = rounded(exact_sum(activations, term), 53)
+            total = rounded(exact_sum(activations, term, w), 53)
             strength = np.array(factor * scale).astype(compute)
+            strength = strength if w is None else strength * w
             if term is ActivityNorm.L1:
                 size += binary64(Fraction(float(real(factor))) * total)
                 steps.append(np.where(x > 0, strength, np.where(x < 0, -strength, real(0.0))))
@@ -89,12 +122,16 @@ def exact_result(
 
 
 def _hoyer(
-    x: np.ndarray[Any, Any], gradients: np.ndarray[Any, Any], lam: float, gradient_lam: float
+    x: np.ndarray[Any, Any],
+    gradients: np.ndarray[Any, Any],
+    lam: float,
+    gradient_lam: float,
+    w: np.ndarray[Any, Any] | None,
 ) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
     """Do :func:`exact_result` for λ·(Σ|x|)²/Σx²."""
     real = x.dtype.type
     total, squares = (
-        rounded(exact_sum(x, norm), 53) for norm in (ActivityNorm.L1, ActivityNorm.L2_SQUARED)
+        rounded(exact_sum(x, norm, w), 53) for norm in (ActivityNorm.L1, ActivityNorm.L2_SQUARED)
     )
     if not total:
         return real(0.0), gradients.copy()
@@ -102,7 +139,8 @@ def _hoyer(
         factor = Fraction(float(real(lam)))
         ratio = _operation(total / squares)
         size = _operation(factor * _operation(total * ratio))
-        r, strength = real(binary64(ratio)), real(gradient_lam)
+        r, strength = real(binary64(ratio)), np.array(gradient_lam).astype(x.dtype)
+        strength = strength if w is None else strength * w
         sign = np.where(x > 0, r, np.where(x < 0, -r, real(0.0)))
         updated = gradients.copy()
         updated[...] = updated.astype(x.dtype) + (strength + strength) * (sign - r * (r * x))

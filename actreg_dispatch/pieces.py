@@ -25,13 +25,15 @@ class Piecewise(ABC):
     def options(self) -> Options:
         """All options as they are now."""
 
-    def partial_sum(self, activations: Any) -> Total:
+    def partial_sum(self, activations: Any, *, weights: Any = None) -> Total:
         """Return what the norm sums over a piece of the activations, exactly.
 
         Parameters
         ----------
         activations : numpy.ndarray or cupy.ndarray
             As for :meth:`penalty`, also in what is raised. Waits for a device.
+        weights : array, optional
+            Those of the piece, as for :meth:`penalty`.
 
         Returns
         -------
@@ -50,8 +52,9 @@ class Piecewise(ABC):
         """
         library = library_of(activations)
         if library is not None:
-            return library.partial_sum(self, activations)  # type: ignore[no-any-return]
-        return dispatch.partial_sum(self.options, activations)
+            given = {} if weights is None else {"weights": weights}
+            return library.partial_sum(self, activations, **given)  # type: ignore[no-any-return]
+        return dispatch.partial_sum(self.options, activations, weights)
 
     def finish(self, total: Total, *, count: int | None = None) -> Any:
         """Return the penalty of activations whose sum is ``total``.
@@ -85,6 +88,7 @@ class Piecewise(ABC):
         *,
         count: int | None = None,
         scale: float = 1.0,
+        weights: Any = None,
     ) -> None:
         """Add to ``gradients`` in place what :meth:`apply` would add if it were given all pieces.
 
@@ -97,6 +101,8 @@ class Piecewise(ABC):
             gradient depends on it, such as ``"l2"``.
         count : int, optional
             As for :meth:`finish`.
+        weights : array, optional
+            Those of the piece, as for :meth:`apply`.
 
         Raises
         ------
@@ -118,6 +124,9 @@ class Piecewise(ABC):
         """
         library = library_of(activations)
         if library is not None:
-            library.add_gradient(self, activations, gradients, total, count=count, scale=scale)
+            given = {"count": count, "scale": scale}
+            if weights is not None:
+                given["weights"] = weights
+            library.add_gradient(self, activations, gradients, total, **given)
             return
-        dispatch.add_gradient(self.options, activations, gradients, total, count, scale)
+        dispatch.add_gradient(self.options, activations, gradients, total, count, scale, weights)

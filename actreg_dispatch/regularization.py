@@ -205,13 +205,20 @@ class ActivityRegularization(Piecewise):
         """All options as they are now, which assigning to :attr:`lam` does not change."""
         return self._dispatcher.options
 
-    def penalty(self, activations: Any) -> Any:
+    def penalty(self, activations: Any, *, weights: Any = None) -> Any:
         r"""Return the penalty of ``activations``, which are only read.
 
         Parameters
         ----------
         activations : numpy.ndarray, cupy.ndarray or other array
             Of a supported dtype (see the class), any shape and strides; may be empty.
+        weights : array, optional
+            What the terms of the sums are multiplied by, so that the penalty is the norm of the
+            weighted terms: λ·Σwᵢ|xᵢ|, λ·Σwᵢxᵢ², and so on. An array of the same library that
+            broadcasts to the shape of ``activations``, of their dtype, of T or bool; finite and
+            >= 0. An element of weight 0 is left out, whatever it holds, be it NaN. A bool mask also
+            counts: λ is divided by the number of elements that it keeps (``reduction="mean"``), or
+            of positions along the axes that keep any. Never expanded in memory.
 
         Returns
         -------
@@ -223,7 +230,10 @@ class ActivityRegularization(Piecewise):
         Raises
         ------
         TypeError, ValueError
-            If ``activations`` are not a supported array, or ``lam`` is too large for their dtype.
+            If ``activations`` are not a supported array, or ``lam`` is too large for their dtype;
+            if ``weights`` are not such an array, or the norm takes none (``Norm.takes_weights``).
+            On a device, where nothing waits, weights that are negative or not finite make the
+            penalty NaN instead.
         UnknownBackendError, BackendUnavailableError
             If the backend that is asked for does not exist or cannot run here.
 
@@ -232,17 +242,21 @@ class ActivityRegularization(Piecewise):
         >>> import numpy as np
         >>> float(ActivityRegularization.l2(0.1).penalty(np.array([3.0, 4.0])))
         0.5
+        >>> padded, mask = np.array([1.0, -3.0, np.nan]), np.array([True, True, False])
+        >>> float(ActivityRegularization.l1(0.5).penalty(padded, weights=mask))
+        2.0
         """
-        penalty = self._dispatcher.penalty(activations)
-        if penalty is not None:
-            return penalty
+        if weights is None:
+            penalty = self._dispatcher.penalty(activations)
+            if penalty is not None:
+                return penalty
         library = library_of(activations)
         if library is not None:
-            return library.penalty(self, activations)
-        return dispatch.penalty(self.options, activations)
+            return library.penalty(self, activations, **_given(weights))
+        return dispatch.penalty(self.options, activations, weights)
 
     def penalty_and_gradient(
-        self, activations: Any, out: Any = None, *, scale: float = 1.0
+        self, activations: Any, out: Any = None, *, scale: float = 1.0, weights: Any = None
     ) -> tuple[Any, Any]:
         """Return the penalty of ``activations`` and its gradient, an array of the same library.
 
@@ -257,7 +271,9 @@ class ActivityRegularization(Piecewise):
             Where the gradient goes: an array such as :meth:`apply` takes for ``gradients``, which
             is overwritten. A new one by default.
         scale : float, default 1.0
-            As for :meth:`apply`, which says what is raised, before ``out`` is written.
+        weights : array, optional
+            As for :meth:`apply`, which says what is raised, before ``out`` is written. The gradient
+            of an element that is left out is 0.
 
         Returns
         -------
@@ -277,11 +293,13 @@ class ActivityRegularization(Piecewise):
         library = library_of(activations)
         if library is not None:
             return library.penalty_and_gradient(  # type: ignore[no-any-return]
-                self, activations, out, scale=scale
+                self, activations, out, scale=scale, **_given(weights)
             )
-        return dispatch.penalty_and_gradient(self._dispatcher, activations, out, scale)
+        return dispatch.penalty_and_gradient(self._dispatcher, activations, out, scale, weights)
 
-    def apply(self, activations: Any, gradients: Any, *, scale: float = UNSCALED) -> Any:
+    def apply(
+        self, activations: Any, gradients: Any, *, scale: float = UNSCALED, weights: Any = None
+    ) -> Any:
         r"""Add the gradient of the penalty to ``gradients`` in place and return the penalty.
 
         The gradient is evaluated in the compute dtype, in the order that :class:`ActivityNorm`
@@ -297,6 +315,9 @@ class ActivityRegularization(Piecewise):
         scale : float, default 1.0
             Multiplies λ for the gradient alone: a loss scale, or the gradient that comes in. The
             product is rounded to T once. Infinity and NaN propagate.
+        weights : array, optional
+            As for :meth:`penalty`. In the gradient, λ of an element is λ times its weight, rounded
+            to T once; the gradient of an element of weight 0 stays as it is.
 
         Returns
         -------
@@ -307,8 +328,8 @@ class ActivityRegularization(Piecewise):
         ------
         TypeError, ValueError
             If an argument is not a supported array, the two differ in library, dtype or shape,
-            ``gradients`` are read-only, overlap themselves or the activations, or ``lam`` is too
-            large for the dtype.
+            ``gradients`` are read-only, overlap themselves, the activations or the weights, or
+            ``lam`` is too large for the dtype; for weights as :meth:`penalty`.
         UnknownBackendError, BackendUnavailableError
             If the backend that is asked for does not exist or cannot run here. All of it is raised
             before anything is written.
@@ -325,7 +346,7 @@ class ActivityRegularization(Piecewise):
         # By the plan of the last such call, if it is one like that. This is the most frequent call,
         # so here is written what would take 0.1 µs more in a method of the plan's own.
         plan = self._dispatcher
-        if type(activations) is _NDARRAY is type(gradients):
+        if type(activations) is _NDARRAY is type(gradients) and weights is None:
             axes = activations.ndim
             context, environment, dtype, kernel, zero = plan.writing[axes]
             if (
@@ -344,13 +365,14 @@ class ActivityRegularization(Piecewise):
                         return zero + penalty
                     if penalty != NOT_HANDLED:
                         return plan.exact(activations, lam)
-        penalty = plan.apply(activations, gradients, scale)
-        if penalty is not None:
-            return penalty
+        if weights is None:
+            penalty = plan.apply(activations, gradients, scale)
+            if penalty is not None:
+                return penalty
         library = library_of(activations)
         if library is not None:
-            return library.apply(self, activations, gradients, scale=scale)
-        return dispatch.apply(self.options, activations, gradients, scale)
+            return library.apply(self, activations, gradients, scale=scale, **_given(weights))
+        return dispatch.apply(self.options, activations, gradients, scale, weights)
 
     def apply_all(self, activations: Any, gradients: Any, *, scale: float = UNSCALED) -> Penalties:
         """Do :meth:`apply` for many layers at once, each with a penalty of its own.
@@ -412,6 +434,11 @@ class ActivityRegularization(Piecewise):
             if value != default
         )
         return f"{type(self).__name__}({self.lam!r}, {self.options.norm.name!r}{options})"
+
+
+def _given(weights: Any) -> dict[str, Any]:
+    """Return weights as an argument, if there are any, for adapters that may not know of it."""
+    return {} if weights is None else {"weights": weights}
 
 
 def check_regularization(reg: Any) -> None:

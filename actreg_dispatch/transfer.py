@@ -60,19 +60,29 @@ class MovingBackend(Backend):
         self.name = backend.name
         self.dtypes: Container[np.dtype[Any]] = backend.dtypes
 
-    def partial_sum(self, activations: Any, norm: Norm) -> Total:
+    def partial_sum(self, activations: Any, norm: Norm, weights: Any = None) -> Total:
         """Return the exact sum, or both."""
-        return self._backend.partial_sum(self._moved(activations), norm)
+        return self._backend.partial_sum(self._moved(activations), norm, self._moved(weights))
 
-    def penalty(self, activations: Any, norm: Norm, constants: Constants) -> Any:
+    def penalty(
+        self, activations: Any, norm: Norm, constants: Constants, weights: Any = None
+    ) -> Any:
         """Return the penalty as a scalar of the caller's library."""
-        result = self._backend.penalty(self._moved(activations), norm, constants)
+        moved = self._moved(activations)
+        result = self._backend.penalty(moved, norm, constants, self._moved(weights))
         return self._returned(result, activations)
 
-    def apply(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+    def apply(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        constants: Constants,
+        weights: Any = None,
+    ) -> Any:
         """Add the gradient to a copy, write it back, and return the penalty."""
-        moved = self._moved(gradients)
-        result = self._backend.apply(self._moved(activations), moved, norm, constants)
+        x, moved, w = (self._moved(array) for array in (activations, gradients, weights))
+        result = self._backend.apply(x, moved, norm, constants, w)
         self._write_back(moved, gradients)
         return self._returned(result, activations)
 
@@ -83,21 +93,29 @@ class MovingBackend(Backend):
         norm: Norm,
         constants: Constants,
         coefficients: tuple[float, ...],
+        weights: Any = None,
     ) -> None:
         """Add the gradient to a copy and write it back."""
-        moved = self._moved(gradients)
-        self._backend.add_gradient(self._moved(activations), moved, norm, constants, coefficients)
+        x, moved, w = (self._moved(array) for array in (activations, gradients, weights))
+        self._backend.add_gradient(x, moved, norm, constants, coefficients, w)
         self._write_back(moved, gradients)
 
-    def overwrite(self, activations: Any, gradients: Any, norm: Norm, constants: Constants) -> Any:
+    def overwrite(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Norm,
+        constants: Constants,
+        weights: Any = None,
+    ) -> Any:
         """Do :meth:`apply` as if ``gradients`` were 0; nothing is written if it fails."""
         zeros = new_like(gradients, self._source)
-        result = self.apply(activations, zeros, norm, constants)
+        result = self.apply(activations, zeros, norm, constants, weights)
         gradients[...] = zeros
         return result
 
     def _moved(self, array: Any) -> Any:
-        return move(array, self._source, self._target)
+        return None if array is None else move(array, self._source, self._target)
 
     def _write_back(self, values: Any, destination: Any) -> None:
         with on_device_of(destination, self._source):

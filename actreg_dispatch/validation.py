@@ -1,7 +1,8 @@
 """What may enter: types, dtypes, shapes, writability, overlap; checked before anything is written.
 
-The checks read descriptions only (shape, strides, address), never an element, so they cost the
-same for an array on a device as for one on the host and wait for nothing.
+The checks read descriptions only (shape, strides, address), so they cost the same for an array on a
+device as for one on the host and wait for nothing. What the elements of weights may be is checked
+by the backends, which read them anyway.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from actreg_dispatch.dtypes import COMPUTE_DTYPES, compute_dtype
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import CUPY, LIBRARIES, NUMPY, array_type_of
 
-__all__ = ["check_activations", "check_apart", "check_gradients"]
+__all__ = [
+    "check_activations",
+    "check_apart",
+    "check_gradients",
+    "check_weights",
+]
 
 # np.shares_memory solves a bounded Diophantine equation; this many steps take about 0.1 s.
 _OVERLAP_WORK: Any = 1_000_000
 
 
-def _checked(name: str, array: Any) -> tuple[str, Any]:
-    """Return the array type of ``array`` and the plain array that it is.
+def _checked(name: str, array: Any, *, masks: bool = False) -> tuple[str, Any]:
+    """Return the array type of ``array`` and the plain array that it is, which may be a mask.
 
     A subclass may say what it likes of its shape and dtype, and redefine arithmetic.
     """
@@ -50,7 +56,8 @@ def _checked(name: str, array: Any) -> tuple[str, Any]:
             f"{name} are a {array_type} among arrays of another library; pass arrays of one, "
             f"no data is moved unasked"
         )
-    if array.dtype not in COMPUTE_DTYPES and compute_dtype(array.dtype) is None:
+    is_mask = masks and array.dtype.kind == "b"
+    if array.dtype not in COMPUTE_DTYPES and not is_mask and compute_dtype(array.dtype) is None:
         raise TypeError(
             f"{name} have dtype {array.dtype}; convert them to float32 or float64, "
             f"for example with {name}.astype(numpy.float32)"
@@ -146,6 +153,61 @@ def check_gradients(
             f"pass a copy of one of them"
         )
     return gradients
+
+
+def check_weights(
+    activations: Any,
+    weights: Any,
+    array_type: str,
+    gradients: Any = None,
+    name: str = "weights",
+    other_name: str = "activations",
+) -> Any:
+    """Return ``weights`` as a plain array, a view that has the shape of the activations.
+
+    The arguments are those of :func:`check_gradients`, and what it returned, if there are any.
+
+    Raises
+    ------
+    TypeError
+        If ``weights`` is not an array of the same library, or of another dtype than that of the
+        activations, their compute dtype and bool.
+    ValueError
+        If it does not broadcast to their shape, shares memory with the gradients, or is an array on
+        another device, or on a device and not aligned.
+    """
+    other = array_type_of(type(weights))
+    if other not in (None, array_type):
+        raise MixedArraysError(
+            f"{other_name} are a {array_type} but {name} are a {other}; move one of them, "
+            f"no data is moved unasked"
+        )
+    _, weights = _checked(name, weights, masks=True)
+    compute = COMPUTE_DTYPES[activations.dtype]
+    if weights.dtype.kind != "b" and weights.dtype not in (activations.dtype, compute):
+        raise TypeError(
+            f"{name} have dtype {weights.dtype}, but {other_name} have {activations.dtype}; give "
+            f"them that one, {compute} or bool, for example with {name}.astype({other_name}.dtype)"
+        )
+    if array_type == CUPY and activations.device != weights.device:
+        raise ValueError(
+            f"{name} are on {weights.device} but {other_name} on {activations.device}; "
+            f"move one of them, no data is moved unasked"
+        )
+    written = gradients is not None and gradients.size and weights.size
+    if written and _share_memory(_host_alias(weights), _host_alias(gradients)):
+        raise ValueError(
+            f"{name} share memory with the gradients; the update would change its own input: "
+            f"pass a copy of one of them"
+        )
+    library = sys.modules[array_type.partition(".")[0]]
+    try:
+        return library.broadcast_to(weights, activations.shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} have shape {weights.shape}, which does not broadcast to {activations.shape}, "
+            f"that of {other_name}; give an axis that all of them share the length 1"
+        ) from None
 
 
 def check_apart(arrays: list[tuple[str, Any, bool]]) -> None:

@@ -301,7 +301,7 @@ def test_a_call_depends_on_nothing_that_lies_where_it_writes(name, writes, paral
     found = set()
     for rest in (0.0, 1e6, math.nan):
         g = np.zeros_like(x)
-        call = numba._call(x, g, norm, constants)
+        call = numba._call(x, g, None, norm, constants)
         for field in (call.total, call.coefficients):
             field[:] = [rest] * len(field)
         found.add((whole(ctypes.addressof(plan), ctypes.addressof(call)), g.tobytes()))

@@ -21,7 +21,8 @@ anything: together less than N·2⁻¹⁰³.
 * *Plain tiles*, for 16- and 32-bit floats, whose squares are exact in binary64, hold at most
   ``PLAIN_TERMS`` = 2¹³ terms. The compiler adds them up in whatever tree suits its vectors. A term
   passes through fewer than 2¹³ additions, each off by at most u of a sum that is at most the
-  tile's, so the tile is off by less than 2¹³·u·(1 + 2¹⁴·u) < 2⁻³⁹·⁹ of itself.
+  tile's, so the tile is off by less than 2¹³·u·(1 + 2¹⁴·u) < 2⁻³⁹·⁹ of itself. A weight in
+  binary32 times |x| is exact, too; times x² it is off by at most u, as by one more addition.
 * *Anchored tiles*, for float64, hold at most ``ANCHORED_TERMS`` = 2¹⁰ terms. Let the largest of
   the rounded terms p lie in [2ᵉ, 2ᵉ⁺¹) and the anchor be M = 2ᵉ⁺¹⁰. Then ``h = (p + M) − M`` is p
   rounded to a multiple of ulp(M) = 2ᵉ⁻⁴², and ``p − h`` is exact (Dekker's FastTwoSum, as M > p).
@@ -34,6 +35,12 @@ anything: together less than N·2⁻¹⁰³.
   must not overflow, and the remainder of a square is exact only if the square is ≥ 2⁻⁹⁶⁸ (smaller
   ones lose less than 2⁻¹⁰⁷⁰ each, nothing compared with 2⁻⁹⁰⁰). The sum of a tile whose largest
   term lies outside is made infinite, unless it is 0.
+* *Weights in anchored tiles.* w·|x| is a product as x² is, and what is said of that holds. Of w·x²,
+  the term is p = RN(w·q) with q = RN(x²). Fused multiply-adds tell w·q − p and x² − q; this is
+  multiplied by w. Both are at most u·p, so that remainders stay below 2ᵉ⁻⁴³·(1 + 2⁻⁸). To multiply
+  and to add both is off by less than 3u²·p, for a tile less than 2ᵉ⁻⁹³. Where q is so small that
+  x² − q is not exact, that is off by less than 2⁻¹⁰⁷², times w < ``MOST_WEIGHT``: for a tile less
+  than 2⁻⁹⁹⁸.
 
 :data:`PLAIN_BOUND` = 2⁻³⁸ leaves room for the merges of N < 2⁶³ terms; :func:`anchored_bound`
 is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done again exactly.
@@ -71,6 +78,7 @@ __all__ = [
     "ANCHORED_TERMS",
     "HIGHEST_EXPONENT",
     "LOWEST_EXPONENT",
+    "MOST_WEIGHT",
     "NEEDS_EXACT_SUM",
     "NOT_HANDLED",
     "PLAIN_BOUND",
@@ -90,6 +98,8 @@ PLAIN_BOUND = 2.0**-38
 ANCHORED_TERMS = 1 << 10
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -900, 1013
 """Of the largest term of an anchored tile."""
+MOST_WEIGHT = 2.0**64
+"""Weights of squares are less than this; a tile with others is made infinite."""
 
 NOT_HANDLED = -1.0
 """In place of a penalty: nothing has been done."""

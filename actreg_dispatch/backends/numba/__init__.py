@@ -27,8 +27,8 @@ from actreg_dispatch.backends.numba.compiling import kernel_of
 from actreg_dispatch.backends.numba.drivers import EXACT_SHARES, PARALLEL_FROM
 from actreg_dispatch.backends.numba.exact import MOST_TERMS
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
-from actreg_dispatch.layout import collapse
-from actreg_dispatch.norms import Norm
+from actreg_dispatch.layout import collapse, each_once
+from actreg_dispatch.norms import L1, Norm
 from actreg_dispatch.options import Constants, Options, Reduction, count_of, divided_axes
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.sums.certified import NOT_HANDLED
@@ -39,6 +39,7 @@ from actreg_dispatch.sums.exact import (
     sum_of_words,
     total_of,
 )
+from actreg_dispatch.weights import check_weight_values
 
 __all__ = ["BACKEND", "PARALLEL_FROM", "NumbaBackend"]
 
@@ -56,29 +57,45 @@ class NumbaBackend(Backend):
         else ""
     )
 
-    def partial_sum(self, activations: Array, norm: Norm) -> Total:
+    def partial_sum(self, activations: Array, norm: Norm, weights: Array | None = None) -> Total:
         """Return the sum, or both, that the norm takes, exactly."""
-        x, terms = activations, norm.terms
+        x, w, terms = activations, weights, norm.terms
         if x.size > MOST_TERMS:
             axis = int(np.argmax(x.shape))
             one, other = np.array_split(x, 2, axis)
-            return self.partial_sum(one, norm) + self.partial_sum(other, norm)
-        call = _call(x, x)
+            its, others = (None, None) if w is None else np.array_split(w, 2, axis)
+            return self.partial_sum(one, norm, its) + self.partial_sum(other, norm, others)
+        call = _call(x, x, w)
         parallel, compute = _parallel(call), COMPUTE_DTYPES[x.dtype]
         shares = min(call.blocks, EXACT_SHARES) if parallel else 1
         words = np.zeros((shares, len(terms) * COUNTERS), np.int64)
-        function = kernel_of(functions.exact_function, terms, x.dtype)
+        if w is None:
+            function = kernel_of(functions.exact_function, terms, x.dtype)
+        else:
+            function = kernel_of(functions.weighted_exact_function, terms, x.dtype)
         kernel_of(drivers.exact_kernel, parallel)(function.address, ctypes.addressof(call), words)
         sums = (words.sum(axis=0) if parallel else words[0]).reshape(-1, COUNTERS)
-        return total_of([sum_of_words(*each, compute) for each in zip(sums, terms, strict=True)])
+        total = total_of([sum_of_words(*each, compute) for each in zip(sums, terms, strict=True)])
+        if w is not None and math.isnan(total.parts[0].special):
+            check_weight_values(w)
+        return total
 
-    def penalty(self, activations: Array, norm: Norm, constants: Constants) -> Any:
+    def penalty(
+        self, activations: Array, norm: Norm, constants: Constants, weights: Array | None = None
+    ) -> Any:
         """Return the penalty, a NumPy scalar."""
-        return _whole(activations, activations, norm, constants, writes=False)
+        return _whole(activations, activations, norm, constants, weights, writes=False)
 
-    def apply(self, activations: Array, gradients: Array, norm: Norm, constants: Constants) -> Any:
+    def apply(
+        self,
+        activations: Array,
+        gradients: Array,
+        norm: Norm,
+        constants: Constants,
+        weights: Array | None = None,
+    ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
-        return _whole(activations, gradients, norm, constants, writes=True)
+        return _whole(activations, gradients, norm, constants, weights, writes=True)
 
     def add_gradient(
         self,
@@ -87,9 +104,11 @@ class NumbaBackend(Backend):
         norm: Norm,
         constants: Constants,
         coefficients: tuple[float, ...],
+        weights: Array | None = None,
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
-        _update(activations, gradients, norm, constants, coefficients, overwrites=False)
+        given = activations, gradients, norm, constants, coefficients, weights
+        _update(*given, overwrites=False)
 
     def quick_sum(
         self,
@@ -100,20 +119,28 @@ class NumbaBackend(Backend):
     ) -> tuple[float, ...]:
         """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients."""
         if gradients is None:
-            call, block = _call(activations, activations), _summing
+            call = _call(activations, activations)
+            function = _summing(norm, activations.dtype, call.dense)
         else:
             assert constants is not None
             assert not norm.two_pass
-            call, block = _call(activations, gradients, norm, constants), _updating
-        return _run(call, block(norm, activations.dtype, call.dense))[: 2 * len(norm.terms)]
+            call = _call(activations, gradients, None, norm, constants)
+            function = _updating(norm, activations.dtype, call.dense)
+        return _run(call, function)[: 2 * len(norm.terms)]
 
     def overwrite(
-        self, activations: Array, gradients: Array, norm: Norm, constants: Constants
+        self,
+        activations: Array,
+        gradients: Array,
+        norm: Norm,
+        constants: Constants,
+        weights: Array | None = None,
     ) -> Any:
         """Do :meth:`apply` as if ``gradients`` were 0, whatever they hold."""
+        given = activations, gradients, norm, constants, weights
         if norm.two_pass:  # and so may have no gradient
-            return super().overwrite(activations, gradients, norm, constants)
-        return _whole(activations, gradients, norm, constants, writes=True, overwrites=True)
+            return super().overwrite(*given)
+        return _whole(*given, writes=True, overwrites=True)
 
     def set_gradient(
         self,
@@ -122,9 +149,11 @@ class NumbaBackend(Backend):
         norm: Norm,
         constants: Constants,
         coefficients: tuple[float, ...],
+        weights: Array | None = None,
     ) -> None:
         """Do :meth:`add_gradient` as if ``gradients`` were 0, whatever they hold."""
-        _update(activations, gradients, norm, constants, coefficients, overwrites=True)
+        given = activations, gradients, norm, constants, coefficients, weights
+        _update(*given, overwrites=True)
 
     def fused_kernel(
         self, norm: Norm, reduction: Reduction, activations: Array, *, writes: bool
@@ -219,16 +248,22 @@ def _batch(calls: Any, size: int, plan: Plan, options: Options, scale: float) ->
     return penalties if taken else None
 
 
-def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | None = None) -> Call:
+def _call(
+    x: Array,
+    g: Array,
+    weights: Array | None = None,
+    norm: Norm | None = None,
+    constants: Constants | None = None,
+) -> Call:
     """Return a call on arrays of any strides, which have been checked, and what it is told."""
-    if x.flags.c_contiguous and g.flags.c_contiguous:
+    if weights is None and x.flags.c_contiguous and g.flags.c_contiguous:
         call, bits = Call(), bits_of(x.dtype)
         if not x.ndim:
             x, g = x.reshape(1), g.reshape(1)
         describe = kernel_of(drivers.describing_kernel, bits, x.ndim, g.flags.writeable)
         describe(x.view(bits), g.view(bits), 0, ctypes.addressof(call), 0)
     else:
-        call = _rows_of(x, g) if x.size else Call()  # of no blocks
+        call = _rows_of(x, g, weights) if x.size else Call()  # of no blocks
     if norm is not None and constants is not None:
         call.lam[: norm.n_lams] = constants.lam
         call.gradient_lam[: norm.n_lams] = constants.gradient_lam
@@ -236,18 +271,26 @@ def _call(x: Array, g: Array, norm: Norm | None = None, constants: Constants | N
     return call
 
 
-def _rows_of(x: Array, g: Array) -> Call:
-    """Return a call on the rows that both arrays are made of, in the order of memory."""
-    x, g = collapse(x, g)
+def _rows_of(x: Array, g: Array, weights: Array | None) -> Call:
+    """Return a call on the rows that the arrays are made of, in the order of memory."""
+    if weights is None:
+        x, g = collapse(x, g)
+        w_start, gather, w_strides = 0, 0, (0,) * x.ndim
+    else:
+        x, w, g = collapse(x, weights, g)
+        gathering = kernel_of(functions.gathering_function, w.dtype, COMPUTE_DTYPES[x.dtype])
+        w_start, gather, w_strides = w.ctypes.data, gathering.address, w.strides
     *lengths, length = x.shape
     *x_steps, x_step = x.strides
     *g_steps, g_step = g.strides
+    *w_steps, w_step = w_strides
     pieces = -(-length // BLOCK)
     all_pieces, per_block = math.prod(lengths) * pieces, max(1, BLOCK // length)
-    axes = np.array([*zip(lengths, x_steps, g_steps, strict=True)], np.int64) if lengths else None
+    steps = zip(lengths, x_steps, g_steps, w_steps, strict=True)
+    axes = np.array([*steps], np.int64) if lengths else None
     call = Call(
-        *(x.ctypes.data, g.ctypes.data, x.size),
-        *(length, x_step, g_step, len(lengths), 0 if axes is None else axes.ctypes.data),
+        *(x.ctypes.data, g.ctypes.data, w_start, gather, x.size, length, x_step, g_step, w_step),
+        *(len(lengths), 0 if axes is None else axes.ctypes.data),
         *(pieces, all_pieces, per_block, -(-all_pieces // per_block)),
     )
     call.axes_in_use, call.dense = axes, x_step == g_step == x.itemsize
@@ -270,12 +313,28 @@ def _update(
     norm: Norm,
     constants: Constants,
     coefficients: tuple[float, ...],
+    weights: Array | None,
     *,
     overwrites: bool,
 ) -> None:
-    call = _call(x, g, norm, constants)
+    _check_values(weights)
+    call = _call(x, g, weights, norm, constants)
     call.coefficients[: norm.n_coefficients] = coefficients
-    _run(call, _updating(norm, x.dtype, call.dense, overwrites))
+    _run(call, _updating(norm, x.dtype, call.dense, overwrites, weights is not None))
+
+
+def _check_values(weights: Array | None) -> None:
+    """Refuse weights that are negative or not finite, before anything is written.
+
+    They are summed as activations that weigh what they are themselves: a sum that is finite has no
+    such one. Otherwise, or if it overflows, NumPy is asked.
+    """
+    if weights is None or weights.dtype.kind == "b" or not weights.size:
+        return
+    w = each_once(weights)
+    function = _summing(L1, w.dtype, dense=False, weighted=True)
+    if not math.isfinite(_run(_rows_of(w, w, w), function)[0]):
+        check_weight_values(weights)
 
 
 def _whole(
@@ -283,43 +342,59 @@ def _whole(
     g: Array,
     norm: Norm,
     constants: Constants,
+    weights: Array | None,
     *,
     writes: bool,
     overwrites: bool = False,
 ) -> Any:
     """Do a whole call, with an exact sum if it takes one, and return the penalty."""
-    call = _call(x, g, norm, constants)
+    if writes and not norm.two_pass:  # otherwise the sum that comes first tells bad weights
+        _check_values(weights)
+    call = _call(x, g, weights, norm, constants)
     parallel = _parallel(call)
     plan = _plan(
-        norm, x.dtype, writes=writes, overwrites=overwrites, dense=call.dense, parallel=parallel
+        norm,
+        x.dtype,
+        weights is not None,
+        writes=writes,
+        overwrites=overwrites,
+        dense=call.dense,
+        parallel=parallel,
     )
     whole = kernel_of(drivers.whole_function, parallel).ctypes
     penalty = whole(ctypes.addressof(plan), ctypes.addressof(call))
     if penalty < 0.0:
-        found = outcome_of(BACKEND.partial_sum(x, norm), norm, constants)
+        found = outcome_of(BACKEND.partial_sum(x, norm, weights), norm, constants)
         penalty = found.penalty
         if writes and norm.two_pass and found.has_gradient:
-            BACKEND.add_gradient(x, g, norm, constants, found.coefficients)
+            BACKEND.add_gradient(x, g, norm, constants, found.coefficients, weights)
     return COMPUTE_DTYPES[x.dtype].type(penalty)
 
 
-def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool) -> Any:
+def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool, weighted: bool = False) -> Any:
     """Return the block function that sums, whatever the norm."""
-    return kernel_of(functions.block_function, norm.terms, None, dtype, dense, False)
+    return kernel_of(functions.block_function, norm.terms, None, dtype, dense, False, weighted)
 
 
-def _updating(norm: Norm, dtype: np.dtype[Any], dense: bool, overwrites: bool = False) -> Any:
+def _updating(
+    norm: Norm,
+    dtype: np.dtype[Any],
+    dense: bool,
+    overwrites: bool = False,
+    weighted: bool = False,
+) -> Any:
     """Return the block function that updates, and sums, if that is all in one pass.
 
     Where only the update is needed, the sum costs nothing once memory is the limit.
     """
     terms = () if norm.two_pass else norm.terms
-    return kernel_of(functions.block_function, terms, norm, dtype, dense, overwrites)
+    return kernel_of(functions.block_function, terms, norm, dtype, dense, overwrites, weighted)
 
 
 def _plan(
     norm: Norm,
     dtype: np.dtype[Any],
+    weighted: bool = False,
     *,
     writes: bool,
     overwrites: bool = False,
@@ -328,13 +403,14 @@ def _plan(
     divides: int = 0,
 ) -> Plan:
     """Return how such calls are done."""
-    key = norm, dtype, writes, overwrites, dense, parallel, divides
+    key = norm, dtype, weighted, writes, overwrites, dense, parallel, divides
     return kernel_of(_compiled_plan, *key)  # type: ignore[no-any-return]
 
 
 def _compiled_plan(
     norm: Norm,
     dtype: np.dtype[Any],
+    weighted: bool,
     writes: bool,
     overwrites: bool,
     dense: bool,
@@ -342,8 +418,9 @@ def _compiled_plan(
     divides: int,
 ) -> Plan:
     compute = COMPUTE_DTYPES[dtype]
-    summing = _summing(norm, dtype, dense) if norm.two_pass or not writes else None
-    updating = _updating(norm, dtype, dense, overwrites) if writes else None
+    sums_first = norm.two_pass or not writes
+    summing = _summing(norm, dtype, dense, weighted) if sums_first else None
+    updating = _updating(norm, dtype, dense, overwrites, weighted) if writes else None
     whole = kernel_of(drivers.whole_function, parallel)
     first, second = (summing, updating) if summing else (updating, None)
     prepare = kernel_of(functions.prepare_function, norm, compute)

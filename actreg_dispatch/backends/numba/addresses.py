@@ -48,7 +48,7 @@ SHARES = 256  # of a call, which threads take in turn
 
 
 class Call(ctypes.Structure):
-    """What a call is about: two arrays of one shape, the options, what is found on the way.
+    """What a call is about: arrays of one shape, the options, what is found on the way.
 
     The arrays are rows of evenly spaced elements, cut into pieces of at most ``BLOCK`` elements. A
     block, what a thread does at a time, is one piece or several. Addresses and steps are in bytes.
@@ -60,12 +60,15 @@ class Call(ctypes.Structure):
     _fields_ = (
         ("activations", ctypes.c_int64),  # addresses of the first elements
         ("gradients", ctypes.c_int64),
+        ("weights", ctypes.c_int64),  # if there are any, and what gathers them
+        ("gather", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("length", ctypes.c_int64),  # of a row
         ("x_step", ctypes.c_int64),
         ("g_step", ctypes.c_int64),
+        ("w_step", ctypes.c_int64),
         ("n_axes", ctypes.c_int64),  # along which rows lie
-        ("axes", ctypes.c_int64),  # address of their lengths, and of the steps of both arrays
+        ("axes", ctypes.c_int64),  # address of their lengths, and of the steps of all arrays
         ("pieces", ctypes.c_int64),  # of a row
         ("all_pieces", ctypes.c_int64),
         ("pieces_per_block", ctypes.c_int64),

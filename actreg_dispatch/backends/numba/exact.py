@@ -31,9 +31,15 @@ tiles are added as integers. NaN and infinity have the largest exponent of all.
 **The superaccumulator** (Kulisch) is an integer in units of 2⁻³²²², far below the square of the
 smallest number, in words of :data:`~actreg_dispatch.sums.exact.WORD_BITS` = 26 bits that are
 carried at the very end (:func:`~actreg_dispatch.sums.exact.sum_of_words`). An integer of at most 54
-bits, moved by at most 25, adds less than 2²⁷ to three words. Of one element there are at most four
-of them, one sum of 63 bits for a tile adds less, so that a word, of 63 bits and a sign, holds those
-of ``MOST_TERMS`` = 2³³ elements, however short their tiles are.
+bits, moved by at most 25, adds less than 2²⁷ to three words. Of one element there are at most 27 of
+them, or four sums of 63 bits for a tile, which add less, so that a word, of 63 bits and a sign,
+holds those of ``MOST_TERMS`` = 2³⁰ elements, however short their tiles are.
+
+**Weights.** A product of two numbers a and b of binary64 is h + l: h is a·b rounded towards 0, and
+l = a·b − h is exact (fused multiply-add) and at least 0. So w·|x| is a sum of two such numbers. And
+x² = h + l gives w·h and w·l, two each. They are the terms of tiles of their own, as |x| in binary64
+is. If a·b ≥ 2⁻⁹⁰⁰, l is a multiple of 2⁻¹⁰⁰⁵, which binary64 holds. An element of which a product
+is smaller, or 2¹⁰⁰⁰ or more, is added as integers.
 
 References
 ----------
@@ -50,11 +56,13 @@ from typing import Any
 import numpy as np
 from numba.extending import register_jitable
 
+from actreg_dispatch.backends.numba.addresses import dense_row, new_block
 from actreg_dispatch.backends.numba.bits import (
     as_float,
     as_int,
     exponent_of,
     extremes,
+    multiply_add,
     power_of_two,
     value_of,
 )
@@ -63,12 +71,21 @@ from actreg_dispatch.dtypes import FLOAT64
 from actreg_dispatch.sums.certified import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from actreg_dispatch.sums.exact import INFINITIES, NANS, UNIT, WORD_BITS
 
-__all__ = ["EXACT_TERMS", "MOST_TERMS", "no_tile", "sum_exactly", "tile_of"]
+__all__ = [
+    "EXACT_TERMS",
+    "MOST_TERMS",
+    "add_products",
+    "no_tile",
+    "sum_exactly",
+    "tile_of",
+]
 
 EXACT_TERMS = 1 << 11
 _REACH = 240
-MOST_TERMS = 1 << 33
-_WORD = (1 << WORD_BITS) - 1
+MOST_TERMS = 1 << 30
+_WORD, _LIMB = (1 << WORD_BITS) - 1, (1 << 18) - 1
+_LEAST, _MOST = 2.0**-900, 2.0**1000  # of a product that is split
+_REAL = np.float64
 
 
 @cache
@@ -84,11 +101,13 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
 
     @register_jitable
     def add_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
-        smallest_exponent = exponent_of(magnitude(smallest)[0])
+        if largest == 0.0:
+            return
+        smallest_exponent = exponent_of(magnitude(smallest, 1.0)[0])
         above = math.nan  # of what is left, terms are not at least this; NaN: everything is left
-        end = max(LOWEST_EXPONENT, exponent_of(magnitude(largest)[0]) - _REACH)
+        end = max(LOWEST_EXPONENT, exponent_of(magnitude(largest, 1.0)[0]) - _REACH)
         while largest != 0.0:
-            exponent = exponent_of(magnitude(largest)[0])
+            exponent = exponent_of(magnitude(largest, 1.0)[0])
             if not end <= exponent <= HIGHEST_EXPONENT:
                 break
             span = exponent - smallest_exponent
@@ -97,7 +116,7 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
             if may_be_short and span <= 51 - digits and above != above:
                 high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
                 for j in range(xs.size):
-                    high += as_int(magnitude(value_of(xs[j]))[0] + anchor)
+                    high += as_int(magnitude(value_of(xs[j]), 1.0)[0] + anchor)
                 high -= xs.size * as_int(anchor)
             elif span <= 94 - digits and above != above:
                 high, low, excess_high, excess_low = extract_all(
@@ -117,7 +136,7 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
             above = least
             largest = _largest_left(xs, magnitude, above)
         for j in range(xs.size):
-            if not magnitude(value_of(xs[j]))[0] >= above:
+            if not magnitude(value_of(xs[j]), 1.0)[0] >= above:
                 _add_element(words, xs[j], degree)
 
     return add_tile
@@ -130,7 +149,7 @@ def _extraction(magnitude: Any, has_excess: bool, some: bool) -> Any:
     def extract(xs, anchor, excess_anchor, least, above):  # type: ignore[no-untyped-def]
         high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
         for j in range(xs.size):
-            term, excess = magnitude(value_of(xs[j]))
+            term, excess = magnitude(value_of(xs[j]), 1.0)
             if some and (term < least or term >= above):
                 term, excess = 0.0, 0.0
             anchored = term + anchor
@@ -153,7 +172,7 @@ def _largest_left(xs, magnitude, above):  # type: ignore[no-untyped-def]
     largest = 0
     for j in range(xs.size):
         value = value_of(xs[j])
-        bits = as_int(abs(value)) if magnitude(value)[0] < above else 0
+        bits = as_int(abs(value)) if magnitude(value, 1.0)[0] < above else 0
         largest = max(largest, bits)
     return as_float(largest)
 
@@ -212,3 +231,72 @@ def _add_integer(words, m, shift):  # type: ignore[no-untyped-def]
     words[k] += (m << left) & _WORD
     words[k + 1] += (m >> (WORD_BITS - left)) & _WORD
     words[k + 2] += m >> (2 * WORD_BITS - left)
+
+
+# Weights.
+
+
+@register_jitable
+def add_products(xs, ws, degree, tile, words):  # type: ignore[no-untyped-def]
+    """Add w·|x| or w·x² along a row to words, by tiles of binary64."""
+    room = new_block()
+    for start in range(0, xs.size, EXACT_TERMS):
+        count = min(EXACT_TERMS, xs.size - start)
+        size = 8 * count
+        high, low = dense_row(_REAL, room, count, 8), dense_row(_REAL, room + size, count, 8)
+        more = dense_row(_REAL, room + 2 * size, count, 8)
+        least = dense_row(_REAL, room + 3 * size, count, 8)
+        for j in range(count):
+            value, w = abs(value_of(xs[start + j])), _REAL(ws[start + j])
+            if degree == 1:
+                high[j], low[j] = _product(w, value)
+                more[j] = least[j] = 0.0
+                exact = _in_range(high[j])
+            else:
+                square, rest = _product(value, value)
+                high[j], low[j] = _product(w, square)
+                more[j], least[j] = _product(w, rest)
+                exact = _in_range(square) and _in_range(high[j])
+                exact = exact and (rest == 0.0 or _in_range(more[j]))
+            if not exact:
+                high[j] = low[j] = more[j] = least[j] = 0.0
+                if not (w == 0.0 or (value == 0.0 and 0.0 < w < math.inf)):
+                    _add_product(words, value, w, degree)
+        for row in (high, low, more, least):
+            largest, smallest = extremes(row)
+            tile(row, largest, smallest, words)
+
+
+@register_jitable
+def _product(a, b):  # type: ignore[no-untyped-def]
+    """Return a·b rounded towards 0, and what is left; both >= 0."""
+    high = a * b
+    if multiply_add(a, b, -high) < 0.0:
+        high = as_float(as_int(high) - 1)
+    return high, multiply_add(a, b, -high)
+
+
+@register_jitable
+def _in_range(product):  # type: ignore[no-untyped-def]
+    return _LEAST <= product < _MOST
+
+
+@register_jitable
+def _add_product(words, value, w, degree):  # type: ignore[no-untyped-def]
+    """Add w·value or w·value², w not 0, in limbs of 18 bits; a bad weight is NaN."""
+    if not (0.0 < w < math.inf) or value != value:
+        words[NANS] += 1
+    elif value == math.inf:
+        words[INFINITIES] += 1
+    else:
+        m, shift = _decoded(value)
+        n, w_shift = _decoded(w)
+        shift = degree * (shift - 1074) + w_shift - 1074 - UNIT
+        for i in range(0, 54, 18):
+            for j in range(0, 54, 18):
+                product = (n >> i & _LIMB) * (m >> j & _LIMB)
+                if degree == 1:
+                    _add_integer(words, product, shift + i + j)
+                else:
+                    for k in range(0, 54, 18):
+                        _add_integer(words, product * (m >> k & _LIMB), shift + i + j + k)

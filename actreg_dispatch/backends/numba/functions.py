@@ -19,15 +19,22 @@ from actreg_dispatch.backends.numba.addresses import (
     CALL_SIGNATURE,
     TOTALS,
     call_at,
+    call_block,
     dense_row,
     new_block,
     strided_row,
 )
-from actreg_dispatch.backends.numba.bits import bits_of
+from actreg_dispatch.backends.numba.bits import bits_of, widen
 from actreg_dispatch.backends.numba.compiling import compile_function
-from actreg_dispatch.backends.numba.exact import no_tile, sum_exactly, tile_of
+from actreg_dispatch.backends.numba.exact import (
+    add_products,
+    no_tile,
+    sum_exactly,
+    tile_of,
+)
 from actreg_dispatch.backends.numba.rows import (
     add_gradient,
+    gradient_of,
     load_of,
     no_gradient,
     no_update,
@@ -47,7 +54,9 @@ __all__ = [
     "block_function",
     "exact_function",
     "finish_function",
+    "gathering_function",
     "prepare_function",
+    "weighted_exact_function",
 ]
 
 UNCERTAIN, NO_GRADIENT, GRADIENT = 0, 1, 2  # what finish returns
@@ -59,6 +68,7 @@ def block_function(
     dtype: np.dtype[Any],
     dense: bool,
     overwrites: bool,
+    weighted: bool,
 ) -> Any:
     """Compile what sums ``terms``, if there are any, over one block of a call.
 
@@ -66,13 +76,14 @@ def block_function(
     The elements of a row are next to each other in both arrays if they are ``dense``. It is given
     the call, the number of the block, and where the total goes, and returns 0.
     """
-    sum_row, zero, _, magnitude = summing_of(terms, dtype)
+    summing = summing_of(terms, dtype, weighted)
+    sum_row, zero, _, first_term, second_term, weight_of, largest_of = summing
     n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
     load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
     update = (set_gradient if overwrites else add_gradient) if norm else no_update
-    gradient = register_jitable(norm.gradient) if norm else no_gradient
+    gradient = gradient_of(norm, weighted) if norm else no_gradient
     real: Any = COMPUTE_DTYPES[dtype].type
-    element = bits_of(dtype).type
+    element, size = bits_of(dtype).type, COMPUTE_DTYPES[dtype].itemsize
     padding = (0.0,) * (TOTALS - len(zero))
 
     def block(address, number, there):  # type: ignore[no-untyped-def]
@@ -82,18 +93,23 @@ def block_function(
         first = number * call.pieces_per_block
         total = zero
         for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
-            x, g, count = _piece(call, piece)
+            x, g, _w, count = _piece(call, piece)
             if dense:
                 xs = dense_row(element, x, count, x_step)
                 gs = dense_row(element, g, count, g_step)
             else:
                 xs = strided_row(element, x, count, x_step)
                 gs = strided_row(element, g, count, g_step)
-            total = sum_row(xs, gs, total, magnitude, update, gradient, lam, c)
+            w = call_block(call.gather, (address, piece, new_block())) if weighted else 0
+            ws = dense_row(real, w, count if weighted else 0, size)
+            total = sum_row(
+                *(xs, gs, ws, total, first_term, second_term, weight_of, largest_of),
+                *(update, gradient, lam, c),
+            )
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
         return 0
 
-    key = terms, norm and norm.source, dtype, dense, overwrites
+    key = terms, norm and norm.source, dtype, dense, overwrites, weighted
     return compile_function(block, BLOCK_SIGNATURE, *key)
 
 
@@ -120,7 +136,7 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
 
     It returns whether these are certain and whether there is a gradient.
     """
-    _, zero, certified, _ = summing_of(norm.terms, compute)
+    _, zero, certified, *_ = summing_of(norm.terms, compute)
     evaluate, agree = register_jitable(norm.evaluate), register_jitable(norm.agree)
     anchored = compute == FLOAT64
     load_lam, load_total = load_of(norm.n_lams), load_of(len(zero))
@@ -152,17 +168,42 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
 
 @register_jitable
 def _piece(call, number):  # type: ignore[no-untyped-def]
-    """Return where a piece lies in both arrays, and its number of elements."""
-    x, g, start = call.activations, call.gradients, number * BLOCK
+    """Return where a piece lies in the arrays, and its number of elements."""
+    x, g, w, start = call.activations, call.gradients, call.weights, number * BLOCK
     if call.n_axes > 0:
         row, piece = divmod(number, call.pieces)
         start = piece * BLOCK
-        axes = dense_row(np.int64, call.axes, 3 * call.n_axes, 8)
-        for axis in range(3 * call.n_axes - 3, -1, -3):
+        axes = dense_row(np.int64, call.axes, 4 * call.n_axes, 8)
+        for axis in range(4 * call.n_axes - 4, -1, -4):
             row, place = divmod(row, axes[axis])
             x += place * axes[axis + 1]
             g += place * axes[axis + 2]
-    return x + start * call.x_step, g + start * call.g_step, min(BLOCK, call.length - start)
+            w += place * axes[axis + 3]
+    x, g, w = x + start * call.x_step, g + start * call.g_step, w + start * call.w_step
+    return x, g, w, min(BLOCK, call.length - start)
+
+
+def gathering_function(weights: np.dtype[Any], compute: np.dtype[Any]) -> Any:
+    """Compile what finds the weights of a piece as a dense row of T, which it gathers if it must.
+
+    It is given the call, the number of the piece, and room for the row, and returns its address.
+    """
+    real: Any = compute.type
+    size, in_place, is_mask = compute.itemsize, weights == compute, weights.kind == "b"
+    element = np.uint8 if is_mask else bits_of(weights).type
+
+    def gather(address, piece, room):  # type: ignore[no-untyped-def]
+        call = call_at(address)
+        _x, _g, w, count = _piece(call, piece)
+        if in_place and call.w_step == size:
+            return w
+        spread = strided_row(element, w, count, call.w_step)
+        gathered = dense_row(real, room, count, size)
+        for j in range(count):
+            gathered[j] = real(spread[j]) if is_mask else real(widen(spread[j]))
+        return room
+
+    return compile_function(gather, BLOCK_SIGNATURE, weights, compute)
 
 
 def exact_function(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -182,11 +223,11 @@ def exact_function(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         second_words = dense_row(np.int64, there + 8 * COUNTERS, COUNTERS, 8)
         piece = number * call.pieces_per_block
         last = min(piece + call.pieces_per_block, call.all_pieces)
-        x, _g, count = _piece(call, piece)
+        x, _g, _w, count = _piece(call, piece)
         if call.x_step != itemsize or last - piece > 1:
             room, gathered = new_block(), 0
             for number in range(piece, last):
-                x, _g, count = _piece(call, number)
+                x, _g, _w, count = _piece(call, number)
                 spread = strided_row(element, x, count, call.x_step)
                 gathering = dense_row(element, room + gathered * itemsize, count, itemsize)
                 for j in range(count):
@@ -195,6 +236,33 @@ def exact_function(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
             x, count = room, gathered
         row = dense_row(element, x, count, itemsize)
         sum_exactly(row, first, words, second, second_words)
+        return 0
+
+    return compile_function(block, BLOCK_SIGNATURE, terms, dtype)
+
+
+def weighted_exact_function(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Compile what :func:`exact_function` does for terms that have weights.
+
+    Their products are split into numbers of binary64, which are summed as those without weights.
+    """
+    real: Any = COMPUTE_DTYPES[dtype].type
+    element, size = bits_of(dtype).type, COMPUTE_DTYPES[dtype].itemsize
+    tile, degree, two = tile_of(1, FLOAT64), terms[0], len(terms) == 2
+
+    def block(address, number, there):  # type: ignore[no-untyped-def]
+        call = call_at(address)
+        words = dense_row(np.int64, there, COUNTERS, 8)
+        second_words = dense_row(np.int64, there + 8 * COUNTERS, COUNTERS, 8)
+        first = number * call.pieces_per_block
+        for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
+            x, _g, _w, count = _piece(call, piece)
+            xs = strided_row(element, x, count, call.x_step)
+            w = call_block(call.gather, (address, piece, new_block()))
+            ws = dense_row(real, w, count, size)
+            add_products(xs, ws, degree, tile, words)
+            if two:
+                add_products(xs, ws, 2, tile, second_words)
         return 0
 
     return compile_function(block, BLOCK_SIGNATURE, terms, dtype)

@@ -1,9 +1,10 @@
 """What kernels are made of: magnitudes, updates, and sums along a row.
 
-A *row* function is the body of every pass: it sums the magnitudes, |x| or x² or both, along one
-axis, plain or anchored (see :mod:`actreg_dispatch.sums.certified`), and updates the gradients on
-the way. Which row of which array it is, is up to the block function that calls it. Sums stay in
-vector registers.
+A *row* function is the body of every pass: it sums the magnitudes, |x| or x² or both, times a
+weight, along one axis, plain or anchored (see :mod:`actreg_dispatch.sums.certified`), and updates
+the gradients on the way. Which row of which array it is, is up to the block function that calls it.
+Sums stay in vector registers. Without weights, each is the constant 1, of which the compiler leaves
+nothing.
 
 What a kernel closes over is part of its key in Numba's cache on disk: functions at the top of a
 module by their names, others, such as those that :func:`load_of` makes, by their code.
@@ -19,6 +20,8 @@ import numpy as np
 from numba.extending import overload, register_jitable
 
 from actreg_dispatch.backends.numba.bits import (
+    as_float,
+    as_int,
     exponent_of,
     extremes,
     multiply_add,
@@ -27,11 +30,12 @@ from actreg_dispatch.backends.numba.bits import (
     widen,
 )
 from actreg_dispatch.dtypes import FLOAT64
-from actreg_dispatch.norms import signed, sqrt
+from actreg_dispatch.norms import Norm, signed, sqrt
 from actreg_dispatch.sums.certified import (
     ANCHORED_TERMS,
     HIGHEST_EXPONENT,
     LOWEST_EXPONENT,
+    MOST_WEIGHT,
     anchored_bound,
     certified_one,
     certified_two,
@@ -43,7 +47,7 @@ __all__ = [
     "Summing",
     "absolute",
     "add_gradient",
-    "load_of",
+    "gradient_of",
     "no_gradient",
     "no_update",
     "plus",
@@ -58,41 +62,80 @@ for _function in (anchored_bound, two_sum, merge_pairs, certified_one, certified
     register_jitable(_function)
 
 
-# Magnitudes: |x| or x² in binary64, less the second result, which is what the square lost.
+# Weights: that of element j, whose value is x.
 
 
 @register_jitable
-def absolute(value):  # type: ignore[no-untyped-def]
+def _no_weight(w, j, x):  # type: ignore[no-untyped-def]
+    return type(x)(1.0)
+
+
+@register_jitable
+def _weight(w, j, x):  # type: ignore[no-untyped-def]
+    return w[j]
+
+
+# Magnitudes: |x| or x², times the weight w, in binary64, less the second result, which is what
+# rounding added. A weight of 0 leaves x out, whatever it is; one that is negative makes NaN.
+
+
+@register_jitable
+def absolute(value, w):  # type: ignore[no-untyped-def]
     """Return |x|."""
     return abs(value), 0.0
 
 
 @register_jitable
-def square(value):  # type: ignore[no-untyped-def]
-    """Return x², rounded, and by how much that is too large."""
+def square(value, w):  # type: ignore[no-untyped-def]
+    """Return x²."""
     rounded = value * value
     return rounded, -multiply_add(value, value, -rounded)
 
 
-# Updates: add the gradient at x to g[j], or write it there; λ and coefficients are tuples of the
-# compute dtype.
+@register_jitable
+def _weighted_absolute(value, w):  # type: ignore[no-untyped-def]
+    magnitude = abs(value)
+    rounded = w * magnitude
+    return _of_weight(w, rounded, -multiply_add(w, magnitude, -rounded))
 
 
 @register_jitable
-def no_update(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
+def _weighted_square(value, w):  # type: ignore[no-untyped-def]
+    squared = value * value
+    rounded = w * squared if w < MOST_WEIGHT else math.inf
+    lost = w * multiply_add(value, value, -squared)
+    return _of_weight(w, rounded, -(multiply_add(w, squared, -rounded) + lost))
+
+
+@register_jitable
+def _of_weight(w, product, excess):  # type: ignore[no-untyped-def]
+    if w > 0.0:
+        return product, excess
+    return 0.0 if w == 0.0 else math.nan, 0.0
+
+
+# Updates: add the gradient at x to g[j], or write it there, if the weight is not 0; λ and
+# coefficients are tuples of the compute dtype.
+
+
+@register_jitable
+def no_update(g, j, x, w, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Leave the gradients alone, for a pass that sums."""
 
 
 @register_jitable
-def add_gradient(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
+def add_gradient(g, j, x, w, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Add, rounding after every operation."""
-    g[j] = narrow(g[j], widen(g[j]) + gradient(x, lam, c))
+    old = g[j]
+    new = narrow(old, widen(old) + gradient(x, w, lam, c))
+    g[j] = new if w != 0 else old
 
 
 @register_jitable
-def set_gradient(g, j, x, gradient, lam, c):  # type: ignore[no-untyped-def]
+def set_gradient(g, j, x, w, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Do :func:`add_gradient` as if the gradients were 0."""
-    g[j] = narrow(g[j], type(x)(0.0) + gradient(x, lam, c))
+    zero = type(x)(0.0)
+    g[j] = narrow(g[j], zero + (gradient(x, w, lam, c) if w != 0 else zero))
 
 
 @overload(signed)
@@ -110,9 +153,22 @@ def _sqrt(value):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def no_gradient(x, lam, c):  # type: ignore[no-untyped-def]
+def no_gradient(x, w, lam, c):  # type: ignore[no-untyped-def]
     """Stand in where there is no norm."""
     return x
+
+
+def gradient_of(norm: Norm, weighted: bool) -> Any:
+    """Return the compiled gradient at x, whose weight w, if there are any, multiplies λ."""
+    gradient, times = register_jitable(norm.gradient), _times_of(norm.n_lams)
+
+    def with_weight(x, w, lam, c):  # type: ignore[no-untyped-def]
+        return gradient(x, times(lam, w), c)
+
+    def without(x, w, lam, c):  # type: ignore[no-untyped-def]
+        return gradient(x, lam, c)
+
+    return register_jitable(with_weight if weighted else without)
 
 
 @cache
@@ -127,6 +183,13 @@ def store_of(count: int) -> Any:
     """Return the compiled function that writes a tuple of so many ``values`` to an array."""
     each = "; ".join(f"there[{k}] = values[{k}]" for k in range(count))
     return _compiled("store", f"def store(there, values): {each or 'pass'}")
+
+
+@cache
+def _times_of(count: int) -> Any:
+    """Return the compiled function that multiplies each of so many ``values``."""
+    each = "".join(f"values[{k}] * w, " for k in range(count))
+    return _compiled("times", f"def times(values, w): return ({each})")
 
 
 def _compiled(name: str, source: str) -> Any:
@@ -147,68 +210,101 @@ def plus(total, term):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def _sum_plain(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
+def _sum_plain(  # type: ignore[no-untyped-def]
+    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+):
     hi, lo = total
     for j in range(x.size):
         value = widen(x[j])
-        hi = plus(hi, magnitude(np.float64(value))[0])
-        update(g, j, value, gradient, lam, c)
+        each = weight_of(w, j, value)
+        hi = plus(hi, first(np.float64(value), np.float64(each))[0])
+        update(g, j, value, each, gradient, lam, c)
     return hi, lo
 
 
 @register_jitable
-def _sum_plain_both(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
-    hi, lo, squares, squares_lo = total
+def _sum_plain_both(  # type: ignore[no-untyped-def]
+    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+):
+    hi, lo, second_hi, second_lo = total
     for j in range(x.size):
         value = widen(x[j])
-        wide = np.float64(value)
-        hi = plus(hi, abs(wide))
-        squares = plus(squares, wide * wide)
-        update(g, j, value, gradient, lam, c)
-    return hi, lo, squares, squares_lo
+        each = weight_of(w, j, value)
+        hi = plus(hi, first(np.float64(value), np.float64(each))[0])
+        second_hi = plus(second_hi, second(np.float64(value), np.float64(each))[0])
+        update(g, j, value, each, gradient, lam, c)
+    return hi, lo, second_hi, second_lo
 
 
 @register_jitable
-def _sum_anchored(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
+def _sum_anchored(  # type: ignore[no-untyped-def]
+    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+):
     for start in range(0, x.size, ANCHORED_TERMS):
         # Slices indexed from 0 need no check for negative indices, which would not vectorize.
-        xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
-        total = _merge(total, _sum_tile(xs, gs, magnitude, update, gradient, lam, c))
+        end = start + ANCHORED_TERMS
+        xs, gs, ws = x[start:end], g[start:end], w[start:end]
+        exponent = largest_of(xs, ws, first)
+        part = _sum_tile(xs, gs, ws, exponent, first, weight_of, update, gradient, lam, c)
+        total = _merge(total, part)
     return total
 
 
 @register_jitable
-def _sum_anchored_both(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
+def _sum_anchored_both(  # type: ignore[no-untyped-def]
+    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+):
     for start in range(0, x.size, ANCHORED_TERMS):  # the second look at a tile is in the cache
-        xs, gs = x[start : start + ANCHORED_TERMS], g[start : start + ANCHORED_TERMS]
-        magnitudes = _sum_tile(xs, gs, absolute, no_update, gradient, lam, c)
-        squares = _sum_tile(xs, gs, square, update, gradient, lam, c)
-        total = _merge_both(total, (*magnitudes, *squares))
+        end = start + ANCHORED_TERMS
+        xs, gs, ws = x[start:end], g[start:end], w[start:end]
+        exponent, other = largest_of(xs, ws, first), largest_of(xs, ws, second)
+        one = _sum_tile(xs, gs, ws, exponent, first, weight_of, no_update, gradient, lam, c)
+        two = _sum_tile(xs, gs, ws, other, second, weight_of, update, gradient, lam, c)
+        total = _merge_both(total, (*one, *two))
     return total
 
 
 @register_jitable
-def _sum_tile(xs, gs, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
-    largest, _ = extremes(xs)
-    exponent = exponent_of(magnitude(largest)[0])
+def _sum_tile(xs, gs, ws, exponent, magnitude, weight_of, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     anchor = power_of_two(exponent + 10)
     total, rest = 0.0, 0.0
     for j in range(xs.size):
-        term, excess = magnitude(xs[j])
+        each = weight_of(ws, j, xs[j])
+        term, excess = magnitude(xs[j], each)
         high = (term + anchor) - anchor
         total = plus(total, high)
         rest = plus(rest, (term - high) - excess)
-        update(gs, j, xs[j], gradient, lam, c)
-    if largest == 0.0 or LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
+        update(gs, j, xs[j], each, gradient, lam, c)
+    if LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
         return two_sum(total, rest)
     return math.inf, 0.0
 
 
 @register_jitable
-def update_only(x, g, total, magnitude, update, gradient, lam, c):  # type: ignore[no-untyped-def]
+def _largest_of_x(xs, ws, magnitude):  # type: ignore[no-untyped-def]
+    """Return the exponent of the largest magnitude of a tile; that of 1 if all are 0."""
+    largest, _ = extremes(xs)
+    return exponent_of(magnitude(largest, 1.0)[0]) if largest != 0.0 else 0
+
+
+@register_jitable
+def _largest_of_terms(xs, ws, magnitude):  # type: ignore[no-untyped-def]
+    """Do :func:`_largest_of_x` with weights; a product that underflows is not 0."""
+    largest, nonzero = 0, 0
+    for j in range(xs.size):
+        largest = max(largest, as_int(magnitude(xs[j], ws[j])[0]))
+        nonzero |= (ws[j] != 0.0) & (xs[j] != 0.0)
+    return exponent_of(as_float(largest)) if nonzero else 0
+
+
+@register_jitable
+def update_only(  # type: ignore[no-untyped-def]
+    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+):
     """Update only."""
     for j in range(x.size):
-        update(g, j, widen(x[j]), gradient, lam, c)
+        value = widen(x[j])
+        update(g, j, value, weight_of(w, j, value), gradient, lam, c)
     return total
 
 
@@ -229,15 +325,22 @@ class Summing(NamedTuple):
     row: Any
     zero: tuple[float, ...]
     certified: Any
-    magnitude: Any = absolute
+    first: Any  # the magnitude, and that of the second sum
+    second: Any
+    weight_of: Any
+    largest_of: Any
 
 
-def summing_of(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Summing:
+def summing_of(terms: tuple[int, ...], dtype: np.dtype[Any], weighted: bool = False) -> Summing:
     """Return how ``terms`` are summed; no terms are a pass that only updates."""
+    magnitudes = (_weighted_absolute, _weighted_square) if weighted else (absolute, square)
+    first, second = magnitudes if terms != (2,) else magnitudes[::-1]
+    weight_of = _weight if weighted else _no_weight
+    largest_of = _largest_of_terms if weighted else _largest_of_x
+    how = first, second, weight_of, largest_of
     anchored = dtype == FLOAT64
     if len(terms) == 2:
-        return Summing(
-            _sum_anchored_both if anchored else _sum_plain_both, (0.0,) * 4, certified_two
-        )
+        row = _sum_anchored_both if anchored else _sum_plain_both
+        return Summing(row, (0.0,) * 4, certified_two, *how)
     row = (_sum_anchored if anchored else _sum_plain) if terms else update_only
-    return Summing(row, (0.0, 0.0), certified_one, square if terms == (2,) else absolute)
+    return Summing(row, (0.0, 0.0), certified_one, *how)
