@@ -46,6 +46,7 @@ __all__ = [
     "checked_constants",
     "checked_weights",
     "finish",
+    "given_weights",
     "partial_sum",
     "penalty",
     "penalty_and_gradient",
@@ -263,7 +264,7 @@ def checked_weights(
     return check_weights(activations, weights, array_type, gradients, *names)
 
 
-def _given(weights: Any) -> tuple[Any, ...]:
+def given_weights(weights: Any) -> tuple[Any, ...]:
     """Return weights as arguments, if there are any, for backends that may not know of them."""
     return () if weights is None else (weights,)
 
@@ -276,14 +277,15 @@ def penalty(options: Options, activations: Any, weights: Any = None) -> Any:
     array_type, x = check_activations(activations)
     w = checked_weights(options, x, weights, array_type)
     constants = checked_constants(options, x, weights=w)
-    return backend_for(options, array_type, x, w).penalty(x, options.norm, constants, *_given(w))
+    backend = backend_for(options, array_type, x, w)
+    return backend.penalty(x, options.norm, constants, *given_weights(w))
 
 
 def partial_sum(options: Options, activations: Any, weights: Any = None) -> Total:
     """Return the exact sum, or both."""
     array_type, x = check_activations(activations)
     w = checked_weights(options, x, weights, array_type)
-    return backend_for(options, array_type, x, w).partial_sum(x, options.norm, *_given(w))
+    return backend_for(options, array_type, x, w).partial_sum(x, options.norm, *given_weights(w))
 
 
 def finish(options: Options, total: Total, count: int | None) -> Any:
@@ -337,7 +339,7 @@ def add_gradient(
         coefficients = found.coefficients
     backend = backend_for(options, array_type, x, gradients, w)
     function = backend.set_gradient if overwrite else backend.add_gradient
-    function(x, gradients, norm, constants, coefficients, *_given(w))
+    function(x, gradients, norm, constants, coefficients, *given_weights(w))
 
 
 def penalty_and_gradient(
@@ -372,7 +374,7 @@ def update(
     constants = checked_constants(options, x, scale, weights=weights)
     backend = backend_for(options, array_type, x, gradients, weights)
     function = backend.overwrite if overwrite else backend.apply
-    return function(x, gradients, options.norm, constants, *_given(weights))
+    return function(x, gradients, options.norm, constants, *given_weights(weights))
 
 
 def penalty_exactly(options: Options, activations: Any) -> Any:

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from actreg_dispatch.dispatch import backend_for, checked_constants, penalty_exactly, update
+from actreg_dispatch.dispatch import (
+    backend_for,
+    checked_constants,
+    checked_weights,
+    given_weights,
+    penalty_exactly,
+    update,
+)
 from actreg_dispatch.dtypes import FLOAT32, compute_dtype, round_to
 from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import L1
@@ -24,6 +31,7 @@ from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED
 from actreg_dispatch.sums.extended import binary64
 from actreg_dispatch.transfer import on_device_of
 from actreg_dispatch.validation import check_activations, check_apart, check_gradients
+from actreg_dispatch.weights import check_weight_values
 
 __all__ = ["Penalties", "apply_all", "penalties_of_rows"]
 
@@ -41,19 +49,24 @@ class Penalties(NamedTuple):
     """The penalty of each layer, in a list, or in a dict by name."""
 
 
-def apply_all(reg: Any, activations: Any, gradients: Any, scale: float) -> Penalties:
+def apply_all(
+    reg: Any, activations: Any, gradients: Any, scale: float, weights: Any = None
+) -> Penalties:
     """Add the gradients of all layers to ``gradients`` in place and return the penalties.
 
     ``reg`` is the regularization, which adapters are given as a whole.
     """
     names, xs, gs = _named_layers(activations, gradients)
     labels = list(range(len(xs))) if names is None else names
+    ws = None if weights is None else _weights_of_layers(weights, names, labels)
     library = library_of(xs[0]) if xs else None
     if library is not None:
-        total, layers = library.apply_all(reg, labels, xs, gs, scale=scale)
+        given = {} if ws is None else {"weights": ws}
+        total, layers = library.apply_all(reg, labels, xs, gs, scale=scale, **given)
     else:
-        total, layers = _fused_batch(reg.options, xs, gs, scale) or _checked_batch(
-            reg.options, labels, xs, gs, scale
+        fused = _fused_batch(reg.options, xs, gs, scale) if ws is None else None
+        total, layers = fused or _checked_batch(
+            reg.options, labels, xs, gs, scale, ws or (None,) * len(xs)
         )
     return Penalties(total, layers if names is None else dict(zip(names, layers, strict=True)))
 
@@ -89,6 +102,23 @@ def _named_layers(
             f"gradients has {len(gs)} layers but activations has {len(xs)}; pass one for each"
         )
     return None, xs, gs
+
+
+def _weights_of_layers(weights: Any, names: list[Any] | None, labels: list[Any]) -> tuple[Any, ...]:
+    """Return the weights of each layer, or None for one that has none."""
+    if names is not None:
+        if not isinstance(weights, Mapping) or not weights.keys() <= set(names):
+            raise ValueError(
+                f"weights={weights!r} are not a mapping of some of the layers' names; name layers "
+                f"as activations does, and leave out those without weights"
+            )
+        return tuple(weights.get(name) for name in names)
+    if not isinstance(weights, _SEQUENCES) or len(weights) != len(labels):
+        raise ValueError(
+            f"weights are not a list of {len(labels)}, one for each layer of activations; "
+            f"pass None for a layer without weights"
+        )
+    return tuple(weights)
 
 
 def _fused_batch(
@@ -146,18 +176,23 @@ def _checked_batch(
     xs: tuple[Any, ...],
     gs: tuple[Any, ...],
     scale: float,
+    weights: tuple[Any, ...],
 ) -> tuple[Any, list[Any]]:
     """Check all layers, then do one after the other, or on a device all in a few launches."""
     array_types, layers, arrays = set(), [], []
-    for label, activations, gradients in zip(labels, xs, gs, strict=True):
+    for label, activations, gradients, weighing in zip(labels, xs, gs, weights, strict=True):
         name, written = f"activations[{label!r}]", f"gradients[{label!r}]"
+        w_name = f"weights[{label!r}]"
         array_type, x = check_activations(activations, name)
         g = check_gradients(x, gradients, array_type, written, name)
-        constants = checked_constants(options, x, scale, name)
+        w = checked_weights(options, x, weighing, array_type, g, w_name, name)
+        check_weight_values(w, w_name)
+        constants = checked_constants(options, x, scale, name, w)
         array_types.add(array_type)
-        layers.append((backend_for(options, array_type, x, g), x, g, constants))
+        layers.append((backend_for(options, array_type, x, g, w), x, g, constants, w))
         if array_type in (NUMPY, CUPY):
             arrays += [(name, x, False), (written, g, True)]
+            arrays += [(w_name, w, False)] if w is not None else []
     if len(array_types) > 1:
         raise MixedArraysError(
             f"activations are of several libraries ({', '.join(sorted(array_types))}); "
@@ -167,17 +202,20 @@ def _checked_batch(
     if not layers:
         return np.float64(0.0), []
     (array_type,) = array_types
-    backends, checked_xs, checked_gs, all_constants = zip(*layers, strict=True)
+    backends, checked_xs, checked_gs, all_constants, checked_ws = zip(*layers, strict=True)
     if array_type == CUPY and len({str(x.device) for x in checked_xs}) > 1:
         raise ValueError("activations are on several devices; call apply_all for each")
     with on_device_of(checked_xs[0], array_type):
-        batched = len({id(backend) for backend in backends}) == 1
+        batched = len({id(backend) for backend in backends}) == 1 and not any(
+            w is not None for w in checked_ws
+        )
         penalties = batched and backends[0].apply_batch(
             checked_xs, checked_gs, options.norm, all_constants
         )
         if not penalties:
             penalties = [
-                backend.apply(x, g, options.norm, constants) for backend, x, g, constants in layers
+                backend.apply(x, g, options.norm, constants, *given_weights(w))
+                for backend, x, g, constants, w in layers
             ]
         if array_type == CUPY:  # on the device; penalties are their own magnitudes
             stacked = sys.modules["cupy"].stack(_of_one_dtype(penalties))

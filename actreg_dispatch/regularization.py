@@ -374,7 +374,9 @@ class ActivityRegularization(Piecewise):
             return library.apply(self, activations, gradients, scale=scale, **_given(weights))
         return dispatch.apply(self.options, activations, gradients, scale, weights)
 
-    def apply_all(self, activations: Any, gradients: Any, *, scale: float = UNSCALED) -> Penalties:
+    def apply_all(
+        self, activations: Any, gradients: Any, *, scale: float = UNSCALED, weights: Any = None
+    ) -> Penalties:
         """Do :meth:`apply` for many layers at once, each with a penalty of its own.
 
         Contiguous arrays of one dtype are done in one parallel region, or on a device by as many
@@ -387,6 +389,9 @@ class ActivityRegularization(Piecewise):
             gradients may share memory with other gradients or any activations.
         scale : float, default 1.0
             As for :meth:`apply`.
+        weights : sequence of arrays, or mapping of names to arrays, optional
+            As for :meth:`apply`, for each layer; None, or no such name, for one that has none.
+            Layers with weights are done one after the other.
 
         Returns
         -------
@@ -410,7 +415,7 @@ class ActivityRegularization(Piecewise):
         >>> float(total), float(layers["code"]), gradients["code"]
         (3.5, 2.0, array([0.5]))
         """
-        return apply_all(self, activations, gradients, check_scale(scale))
+        return apply_all(self, activations, gradients, check_scale(scale), weights)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_dispatcher": self.options}

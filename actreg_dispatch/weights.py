@@ -13,7 +13,7 @@ from actreg_dispatch.options import Reduction, divided_axes
 __all__ = ["check_weight_values", "kept_of"]
 
 
-def check_weight_values(weights: Any) -> None:
+def check_weight_values(weights: Any, name: str = "weights") -> None:
     """Refuse weights that are negative or not finite, if they are an array of NumPy.
 
     Others are not looked at, for that would wait for a device.
@@ -31,7 +31,7 @@ def check_weight_values(weights: Any) -> None:
     if bad.any():
         place = tuple(int(axis[0]) for axis in np.nonzero(bad))
         raise ValueError(
-            f"weights have {each[place]} at {place}, but must be finite and >= 0; "
+            f"{name} have {each[place]} at {place}, but must be finite and >= 0; "
             f"use 0 to leave an element out"
         )
 

@@ -164,6 +164,45 @@ def test_pieces_with_weights_add_up_to_the_whole(backend, norm):
     assert_array_equal(backend.host(gradients), updated)
 
 
+def test_layers_have_weights_of_their_own_or_none(backend):
+    reg = backend.regularization(0.3, "l2")
+    xs = [random((4, 5), np.float32, seed) for seed in range(3)]
+    ws = [backend.array(np.abs(xs[1])[0]), None, backend.array(xs[2] > 0)]
+    expected = [
+        backend.updated(reg, x, np.ones_like(x), weights=w) for x, w in zip(xs, ws, strict=True)
+    ]
+    for names in (None, "abc"):
+        layers = [backend.array(x) for x in xs], [backend.array(np.ones_like(x)) for x in xs], ws
+        if names:
+            layers = [dict(zip(names, each, strict=True)) for each in layers]
+            del layers[2]["b"]
+        _, penalties = reg.apply_all(*layers[:2], weights=layers[2])
+        for k, (penalty, updated) in zip(names or range(3), expected, strict=True):
+            assert backend.host(penalties[k]) == penalty
+            assert_array_equal(backend.host(layers[1][k]), updated)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([None], ValueError, "weights are not a list of 2, one for each layer"),
+        ((), ValueError, "weights are not a list of 2"),
+        ([None, np.ones(4)], ValueError, r"weights\[1\] have shape \(4,\)"),
+        ([None, -np.ones(3)], ValueError, r"weights\[1\] have -1\.0 at \(0,\)"),
+        ([None, "gradients"], ValueError, r"weights\[1\] and gradients\[0\] share memory"),
+    ],
+)
+def test_weights_of_layers_are_checked_before_anything_is_written(weights, error, message):
+    xs, gs = [np.ones(3), np.ones(3)], [np.zeros(3), np.zeros(3)]
+    if weights and isinstance(weights[-1], str):
+        weights = [None, gs[0]]
+    with pytest.raises(error, match=message):
+        ActivityRegularization(0.5).apply_all(xs, gs, weights=weights)
+    with pytest.raises(ValueError, match="not a mapping of some of the layers' names"):
+        ActivityRegularization(0.5).apply_all({"a": xs[0]}, {"a": gs[0]}, weights={"b": None})
+    assert not any(g.any() for g in gs)
+
+
 MASK = np.array([[True, True, False], [False, False, False]])
 
 
