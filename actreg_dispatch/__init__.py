@@ -27,9 +27,11 @@ from actreg_dispatch.registry import (
 )
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.warmup import warmup
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.exact import PairedSum, PartialSum
 
 __all__ = [
+    "ActivationStatistics",
     "ActivityNorm",
     "ActivityRegularization",
     "Backend",

@@ -34,7 +34,9 @@ class Backend(ABC):
     are multiplied by them, and so is λ of the gradient, rounded to T once; an element whose weight
     is 0 is left out. A backend on the host refuses those that are negative or not finite, by
     :func:`~actreg_dispatch.weights.check_weight_values`, before it writes anything; on a device
-    they make the penalty NaN.
+    they make the penalty NaN. ``statistics``, if there are any, are an
+    :class:`~actreg_dispatch.ActivationStatistics`, which a backend tells by
+    :meth:`~actreg_dispatch.ActivationStatistics.add` what it counted, once nothing can fail.
     """
 
     name: str
@@ -54,7 +56,12 @@ class Backend(ABC):
 
     @abstractmethod
     def penalty(
-        self, activations: Any, norm: Norm, constants: Constants, weights: Any = None
+        self,
+        activations: Any,
+        norm: Norm,
+        constants: Constants,
+        weights: Any = None,
+        statistics: Any = None,
     ) -> Any:
         """Return the penalty in T: a NumPy scalar, or a 0-d array of the device's library."""
 
@@ -66,6 +73,7 @@ class Backend(ABC):
         norm: Norm,
         constants: Constants,
         weights: Any = None,
+        statistics: Any = None,
     ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
 

@@ -31,6 +31,7 @@ from actreg_dispatch.registry import (
     asked_by_context,
     choose,
 )
+from actreg_dispatch.statistics import check_statistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
 from actreg_dispatch.transfer import MovingBackend, new_like
@@ -46,7 +47,7 @@ __all__ = [
     "checked_constants",
     "checked_weights",
     "finish",
-    "given_weights",
+    "given",
     "partial_sum",
     "penalty",
     "penalty_and_gradient",
@@ -264,28 +265,30 @@ def checked_weights(
     return check_weights(activations, weights, array_type, gradients, *names)
 
 
-def given_weights(weights: Any) -> tuple[Any, ...]:
-    """Return weights as arguments, if there are any, for backends that may not know of them."""
-    return () if weights is None else (weights,)
+def given(weights: Any, statistics: Any = None) -> dict[str, Any]:
+    """Return what there is of them as arguments, for backends that may not know of them."""
+    options = {"weights": weights, "statistics": statistics}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 # The operations of a regularization, checked.
 
 
-def penalty(options: Options, activations: Any, weights: Any = None) -> Any:
+def penalty(options: Options, activations: Any, weights: Any = None, statistics: Any = None) -> Any:
     """Return the penalty."""
     array_type, x = check_activations(activations)
+    check_statistics(statistics, x)
     w = checked_weights(options, x, weights, array_type)
     constants = checked_constants(options, x, weights=w)
     backend = backend_for(options, array_type, x, w)
-    return backend.penalty(x, options.norm, constants, *given_weights(w))
+    return backend.penalty(x, options.norm, constants, **given(w, statistics))
 
 
 def partial_sum(options: Options, activations: Any, weights: Any = None) -> Total:
     """Return the exact sum, or both."""
     array_type, x = check_activations(activations)
     w = checked_weights(options, x, weights, array_type)
-    return backend_for(options, array_type, x, w).partial_sum(x, options.norm, *given_weights(w))
+    return backend_for(options, array_type, x, w).partial_sum(x, options.norm, **given(w))
 
 
 def finish(options: Options, total: Total, count: int | None) -> Any:
@@ -298,14 +301,19 @@ def finish(options: Options, total: Total, count: int | None) -> Any:
 
 
 def apply(
-    options: Options, activations: Any, gradients: Any, scale: float, weights: Any = None
+    options: Options,
+    activations: Any,
+    gradients: Any,
+    scale: float,
+    weights: Any = None,
+    statistics: Any = None,
 ) -> Any:
     """Add the gradient to ``gradients`` in place and return the penalty."""
     array_type, x = check_activations(activations)
     g = check_gradients(x, gradients, array_type)
-    return update(
-        options, array_type, x, g, scale, checked_weights(options, x, weights, array_type, g)
-    )
+    w = checked_weights(options, x, weights, array_type, g)
+    check_statistics(statistics, x)
+    return update(options, array_type, x, g, scale, w, statistics)
 
 
 def add_gradient(
@@ -339,7 +347,7 @@ def add_gradient(
         coefficients = found.coefficients
     backend = backend_for(options, array_type, x, gradients, w)
     function = backend.set_gradient if overwrite else backend.add_gradient
-    function(x, gradients, norm, constants, coefficients, *given_weights(w))
+    function(x, gradients, norm, constants, coefficients, **given(w))
 
 
 def penalty_and_gradient(
@@ -367,6 +375,7 @@ def update(
     gradients: Any,
     scale: float,
     weights: Any = None,
+    statistics: Any = None,
     *,
     overwrite: bool = False,
 ) -> Any:
@@ -374,7 +383,7 @@ def update(
     constants = checked_constants(options, x, scale, weights=weights)
     backend = backend_for(options, array_type, x, gradients, weights)
     function = backend.overwrite if overwrite else backend.apply
-    return function(x, gradients, options.norm, constants, *given_weights(weights))
+    return function(x, gradients, options.norm, constants, **given(weights, statistics))
 
 
 def penalty_exactly(options: Options, activations: Any) -> Any:

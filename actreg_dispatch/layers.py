@@ -18,7 +18,7 @@ from actreg_dispatch.dispatch import (
     backend_for,
     checked_constants,
     checked_weights,
-    given_weights,
+    given,
     penalty_exactly,
     update,
 )
@@ -27,6 +27,7 @@ from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.norms import L1
 from actreg_dispatch.options import Constants, Options
 from actreg_dispatch.registry import CUPY, NUMPY, choose, library_of
+from actreg_dispatch.statistics import check_statistics
 from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED
 from actreg_dispatch.sums.extended import binary64
 from actreg_dispatch.transfer import on_device_of
@@ -50,7 +51,12 @@ class Penalties(NamedTuple):
 
 
 def apply_all(
-    reg: Any, activations: Any, gradients: Any, scale: float, weights: Any = None
+    reg: Any,
+    activations: Any,
+    gradients: Any,
+    scale: float,
+    weights: Any = None,
+    statistics: Any = None,
 ) -> Penalties:
     """Add the gradients of all layers to ``gradients`` in place and return the penalties.
 
@@ -61,12 +67,13 @@ def apply_all(
     ws = None if weights is None else _weights_of_layers(weights, names, labels)
     library = library_of(xs[0]) if xs else None
     if library is not None:
-        given = {} if ws is None else {"weights": ws}
-        total, layers = library.apply_all(reg, labels, xs, gs, scale=scale, **given)
+        options = given(ws, statistics)
+        total, layers = library.apply_all(reg, labels, xs, gs, scale=scale, **options)
     else:
-        fused = _fused_batch(reg.options, xs, gs, scale) if ws is None else None
+        is_plain = ws is None is statistics
+        fused = _fused_batch(reg.options, xs, gs, scale) if is_plain else None
         total, layers = fused or _checked_batch(
-            reg.options, labels, xs, gs, scale, ws or (None,) * len(xs)
+            reg.options, labels, xs, gs, scale, ws or (None,) * len(xs), statistics
         )
     return Penalties(total, layers if names is None else dict(zip(names, layers, strict=True)))
 
@@ -177,6 +184,7 @@ def _checked_batch(
     gs: tuple[Any, ...],
     scale: float,
     weights: tuple[Any, ...],
+    statistics: Any,
 ) -> tuple[Any, list[Any]]:
     """Check all layers, then do one after the other, or on a device all in a few launches."""
     array_types, layers, arrays = set(), [], []
@@ -187,6 +195,7 @@ def _checked_batch(
         g = check_gradients(x, gradients, array_type, written, name)
         w = checked_weights(options, x, weighing, array_type, g, w_name, name)
         check_weight_values(w, w_name)
+        check_statistics(statistics, x)
         constants = checked_constants(options, x, scale, name, w)
         array_types.add(array_type)
         layers.append((backend_for(options, array_type, x, g, w), x, g, constants, w))
@@ -206,15 +215,15 @@ def _checked_batch(
     if array_type == CUPY and len({str(x.device) for x in checked_xs}) > 1:
         raise ValueError("activations are on several devices; call apply_all for each")
     with on_device_of(checked_xs[0], array_type):
-        batched = len({id(backend) for backend in backends}) == 1 and not any(
-            w is not None for w in checked_ws
-        )
+        weighted = any(w is not None for w in checked_ws)
+        is_plain = statistics is None and not weighted
+        batched = is_plain and len({id(backend) for backend in backends}) == 1
         penalties = batched and backends[0].apply_batch(
             checked_xs, checked_gs, options.norm, all_constants
         )
         if not penalties:
             penalties = [
-                backend.apply(x, g, options.norm, constants, *given_weights(w))
+                backend.apply(x, g, options.norm, constants, **given(w, statistics))
                 for backend, x, g, constants, w in layers
             ]
         if array_type == CUPY:  # on the device; penalties are their own magnitudes

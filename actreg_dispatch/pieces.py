@@ -52,7 +52,7 @@ class Piecewise(ABC):
         """
         library = library_of(activations)
         if library is not None:
-            given = {} if weights is None else {"weights": weights}
+            given = dispatch.given(weights)
             return library.partial_sum(self, activations, **given)  # type: ignore[no-any-return]
         return dispatch.partial_sum(self.options, activations, weights)
 
@@ -124,9 +124,7 @@ class Piecewise(ABC):
         """
         library = library_of(activations)
         if library is not None:
-            given = {"count": count, "scale": scale}
-            if weights is not None:
-                given["weights"] = weights
+            given = {"count": count, "scale": scale} | dispatch.given(weights)
             library.add_gradient(self, activations, gradients, total, **given)
             return
         dispatch.add_gradient(self.options, activations, gradients, total, count, scale, weights)

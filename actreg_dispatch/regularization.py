@@ -26,6 +26,7 @@ from actreg_dispatch.registry import (
     check_name,
     library_of,
 )
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 
 __all__ = ["ActivityRegularization", "check_regularization"]
@@ -205,7 +206,13 @@ class ActivityRegularization(Piecewise):
         """All options as they are now, which assigning to :attr:`lam` does not change."""
         return self._dispatcher.options
 
-    def penalty(self, activations: Any, *, weights: Any = None) -> Any:
+    def penalty(
+        self,
+        activations: Any,
+        *,
+        weights: Any = None,
+        statistics: ActivationStatistics | None = None,
+    ) -> Any:
         r"""Return the penalty of ``activations``, which are only read.
 
         Parameters
@@ -219,6 +226,8 @@ class ActivityRegularization(Piecewise):
             >= 0. An element of weight 0 is left out, whatever it holds, be it NaN. A bool mask also
             counts: λ is divided by the number of elements that it keeps (``reduction="mean"``), or
             of positions along the axes that keep any. Never expanded in memory.
+        statistics : ActivationStatistics, optional
+            Counts how many elements are not 0, and so on, in the same pass.
 
         Returns
         -------
@@ -246,14 +255,14 @@ class ActivityRegularization(Piecewise):
         >>> float(ActivityRegularization.l1(0.5).penalty(padded, weights=mask))
         2.0
         """
-        if weights is None:
+        if weights is None is statistics:
             penalty = self._dispatcher.penalty(activations)
             if penalty is not None:
                 return penalty
         library = library_of(activations)
         if library is not None:
-            return library.penalty(self, activations, **_given(weights))
-        return dispatch.penalty(self.options, activations, weights)
+            return library.penalty(self, activations, **dispatch.given(weights, statistics))
+        return dispatch.penalty(self.options, activations, weights, statistics)
 
     def penalty_and_gradient(
         self, activations: Any, out: Any = None, *, scale: float = 1.0, weights: Any = None
@@ -293,12 +302,18 @@ class ActivityRegularization(Piecewise):
         library = library_of(activations)
         if library is not None:
             return library.penalty_and_gradient(  # type: ignore[no-any-return]
-                self, activations, out, scale=scale, **_given(weights)
+                self, activations, out, scale=scale, **dispatch.given(weights)
             )
         return dispatch.penalty_and_gradient(self._dispatcher, activations, out, scale, weights)
 
     def apply(
-        self, activations: Any, gradients: Any, *, scale: float = UNSCALED, weights: Any = None
+        self,
+        activations: Any,
+        gradients: Any,
+        *,
+        scale: float = UNSCALED,
+        weights: Any = None,
+        statistics: ActivationStatistics | None = None,
     ) -> Any:
         r"""Add the gradient of the penalty to ``gradients`` in place and return the penalty.
 
@@ -318,6 +333,8 @@ class ActivityRegularization(Piecewise):
         weights : array, optional
             As for :meth:`penalty`. In the gradient, λ of an element is λ times its weight, rounded
             to T once; the gradient of an element of weight 0 stays as it is.
+        statistics : ActivationStatistics, optional
+            As for :meth:`penalty`.
 
         Returns
         -------
@@ -346,7 +363,7 @@ class ActivityRegularization(Piecewise):
         # By the plan of the last such call, if it is one like that. This is the most frequent call,
         # so here is written what would take 0.1 µs more in a method of the plan's own.
         plan = self._dispatcher
-        if type(activations) is _NDARRAY is type(gradients) and weights is None:
+        if type(activations) is _NDARRAY is type(gradients) and weights is None is statistics:
             axes = activations.ndim
             context, environment, dtype, kernel, zero = plan.writing[axes]
             if (
@@ -365,17 +382,24 @@ class ActivityRegularization(Piecewise):
                         return zero + penalty
                     if penalty != NOT_HANDLED:
                         return plan.exact(activations, lam)
-        if weights is None:
+        if weights is None is statistics:
             penalty = plan.apply(activations, gradients, scale)
             if penalty is not None:
                 return penalty
         library = library_of(activations)
         if library is not None:
-            return library.apply(self, activations, gradients, scale=scale, **_given(weights))
-        return dispatch.apply(self.options, activations, gradients, scale, weights)
+            given = dispatch.given(weights, statistics)
+            return library.apply(self, activations, gradients, scale=scale, **given)
+        return dispatch.apply(self.options, activations, gradients, scale, weights, statistics)
 
     def apply_all(
-        self, activations: Any, gradients: Any, *, scale: float = UNSCALED, weights: Any = None
+        self,
+        activations: Any,
+        gradients: Any,
+        *,
+        scale: float = UNSCALED,
+        weights: Any = None,
+        statistics: ActivationStatistics | None = None,
     ) -> Penalties:
         """Do :meth:`apply` for many layers at once, each with a penalty of its own.
 
@@ -392,6 +416,8 @@ class ActivityRegularization(Piecewise):
         weights : sequence of arrays, or mapping of names to arrays, optional
             As for :meth:`apply`, for each layer; None, or no such name, for one that has none.
             Layers with weights are done one after the other.
+        statistics : ActivationStatistics, optional
+            As for :meth:`penalty`, over all layers, which then are done one after the other.
 
         Returns
         -------
@@ -415,7 +441,7 @@ class ActivityRegularization(Piecewise):
         >>> float(total), float(layers["code"]), gradients["code"]
         (3.5, 2.0, array([0.5]))
         """
-        return apply_all(self, activations, gradients, check_scale(scale), weights)
+        return apply_all(self, activations, gradients, check_scale(scale), weights, statistics)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_dispatcher": self.options}
@@ -439,11 +465,6 @@ class ActivityRegularization(Piecewise):
             if value != default
         )
         return f"{type(self).__name__}({self.lam!r}, {self.options.norm.name!r}{options})"
-
-
-def _given(weights: Any) -> dict[str, Any]:
-    """Return weights as an argument, if there are any, for adapters that may not know of it."""
-    return {} if weights is None else {"weights": weights}
 
 
 def check_regularization(reg: Any) -> None:

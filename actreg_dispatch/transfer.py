@@ -65,11 +65,16 @@ class MovingBackend(Backend):
         return self._backend.partial_sum(self._moved(activations), norm, self._moved(weights))
 
     def penalty(
-        self, activations: Any, norm: Norm, constants: Constants, weights: Any = None
+        self,
+        activations: Any,
+        norm: Norm,
+        constants: Constants,
+        weights: Any = None,
+        statistics: Any = None,
     ) -> Any:
         """Return the penalty as a scalar of the caller's library."""
-        moved = self._moved(activations)
-        result = self._backend.penalty(moved, norm, constants, self._moved(weights))
+        x, w = (self._moved(array) for array in (activations, weights))
+        result = self._backend.penalty(x, norm, constants, w, statistics)
         return self._returned(result, activations)
 
     def apply(
@@ -79,10 +84,11 @@ class MovingBackend(Backend):
         norm: Norm,
         constants: Constants,
         weights: Any = None,
+        statistics: Any = None,
     ) -> Any:
         """Add the gradient to a copy, write it back, and return the penalty."""
         x, moved, w = (self._moved(array) for array in (activations, gradients, weights))
-        result = self._backend.apply(x, moved, norm, constants, w)
+        result = self._backend.apply(x, moved, norm, constants, w, statistics)
         self._write_back(moved, gradients)
         return self._returned(result, activations)
 

@@ -17,6 +17,7 @@ from actreg_dispatch.backend import Backend
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT32, FLOAT64
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.exact import UNIT, PartialSum, Total, outcome_of, total_of
 from actreg_dispatch.weights import check_weight_values
 
@@ -40,10 +41,17 @@ class ReferenceBackend(Backend):
         return total_of([_exact_sum(activations, degree, weights) for degree in norm.terms])
 
     def penalty(
-        self, activations: Array, norm: Norm, constants: Constants, weights: Array | None = None
+        self,
+        activations: Array,
+        norm: Norm,
+        constants: Constants,
+        weights: Array | None = None,
+        statistics: ActivationStatistics | None = None,
     ) -> Any:
         """Return the penalty, a NumPy scalar."""
         found = outcome_of(self.partial_sum(activations, norm, weights), norm, constants)
+        if statistics is not None:
+            _count(activations, weights, statistics)
         return COMPUTE_DTYPES[activations.dtype].type(found.penalty)
 
     def apply(
@@ -53,9 +61,12 @@ class ReferenceBackend(Backend):
         norm: Norm,
         constants: Constants,
         weights: Array | None = None,
+        statistics: ActivationStatistics | None = None,
     ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
         found = outcome_of(self.partial_sum(activations, norm, weights), norm, constants)
+        if statistics is not None:
+            _count(activations, weights, statistics)
         if found.has_gradient:
             given = activations, gradients, norm, constants, found.coefficients, weights
             self.add_gradient(*given)
@@ -82,6 +93,15 @@ class ReferenceBackend(Backend):
             updated = gradients.astype(real) + added
             kept: Any = True if weights is None else weights != 0
             np.copyto(gradients, updated, casting="unsafe", where=kept)
+
+
+def _count(x: Array, weights: Array | None, statistics: ActivationStatistics) -> None:
+    kept = np.broadcast_to(True if weights is None else weights != 0, x.shape)
+    active = (x != 0) & kept
+    magnitudes = np.abs(x[kept].astype(COMPUTE_DTYPES[x.dtype]))
+    largest = float(magnitudes.max()) if magnitudes.size else 0.0
+    units = active.reshape(-1, x.shape[-1]).sum(axis=0) if statistics.per_feature else None
+    statistics.add(int(kept.sum()), int(active.sum()), largest, units)
 
 
 def _exact_sum(array: Array, degree: int, weights: Array | None) -> PartialSum:

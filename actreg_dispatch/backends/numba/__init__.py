@@ -31,6 +31,7 @@ from actreg_dispatch.layout import collapse, each_once
 from actreg_dispatch.norms import L1, Norm
 from actreg_dispatch.options import Constants, Options, Reduction, count_of, divided_axes
 from actreg_dispatch.runtime.threads import may_use_threads
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import (
     COUNTERS,
@@ -81,10 +82,16 @@ class NumbaBackend(Backend):
         return total
 
     def penalty(
-        self, activations: Array, norm: Norm, constants: Constants, weights: Array | None = None
+        self,
+        activations: Array,
+        norm: Norm,
+        constants: Constants,
+        weights: Array | None = None,
+        statistics: ActivationStatistics | None = None,
     ) -> Any:
         """Return the penalty, a NumPy scalar."""
-        return _whole(activations, activations, norm, constants, weights, writes=False)
+        given = activations, activations, norm, constants, weights, statistics
+        return _whole(*given, writes=False)
 
     def apply(
         self,
@@ -93,9 +100,11 @@ class NumbaBackend(Backend):
         norm: Norm,
         constants: Constants,
         weights: Array | None = None,
+        statistics: ActivationStatistics | None = None,
     ) -> Any:
         """Add the gradient to ``gradients`` in place and return the penalty."""
-        return _whole(activations, gradients, norm, constants, weights, writes=True)
+        given = activations, gradients, norm, constants, weights, statistics
+        return _whole(*given, writes=True)
 
     def add_gradient(
         self,
@@ -140,7 +149,7 @@ class NumbaBackend(Backend):
         given = activations, gradients, norm, constants, weights
         if norm.two_pass:  # and so may have no gradient
             return super().overwrite(*given)
-        return _whole(*given, writes=True, overwrites=True)
+        return _whole(*given, None, writes=True, overwrites=True)
 
     def set_gradient(
         self,
@@ -289,9 +298,21 @@ def _rows_of(x: Array, g: Array, weights: Array | None) -> Call:
     steps = zip(lengths, x_steps, g_steps, w_steps, strict=True)
     axes = np.array([*steps], np.int64) if lengths else None
     call = Call(
-        *(x.ctypes.data, g.ctypes.data, w_start, gather, x.size, length, x_step, g_step, w_step),
-        *(len(lengths), 0 if axes is None else axes.ctypes.data),
-        *(pieces, all_pieces, per_block, -(-all_pieces // per_block)),
+        activations=x.ctypes.data,
+        gradients=g.ctypes.data,
+        weights=w_start,
+        gather=gather,
+        size=x.size,
+        length=length,
+        x_step=x_step,
+        g_step=g_step,
+        w_step=w_step,
+        n_axes=len(lengths),
+        axes=0 if axes is None else axes.ctypes.data,
+        pieces=pieces,
+        all_pieces=all_pieces,
+        pieces_per_block=per_block,
+        blocks=-(-all_pieces // per_block),
     )
     call.axes_in_use, call.dense = axes, x_step == g_step == x.itemsize
     return call
@@ -343,6 +364,7 @@ def _whole(
     norm: Norm,
     constants: Constants,
     weights: Array | None,
+    statistics: ActivationStatistics | None,
     *,
     writes: bool,
     overwrites: bool = False,
@@ -351,6 +373,9 @@ def _whole(
     if writes and not norm.two_pass:  # otherwise the sum that comes first tells bad weights
         _check_values(weights)
     call = _call(x, g, weights, norm, constants)
+    if statistics is not None:
+        counting = kernel_of(functions.counting_function, x.dtype, weights is not None)
+        call.count_elements = counting.address
     parallel = _parallel(call)
     plan = _plan(
         norm,
@@ -368,7 +393,29 @@ def _whole(
         penalty = found.penalty
         if writes and norm.two_pass and found.has_gradient:
             BACKEND.add_gradient(x, g, norm, constants, found.coefficients, weights)
+    if statistics is not None:
+        elements, nonzero, largest = call.counts
+        active = _active(x, weights) if statistics.per_feature else None
+        statistics.add(int(elements), int(nonzero), largest, active)
     return COMPUTE_DTYPES[x.dtype].type(penalty)
+
+
+def _active(x: Array, weights: Array | None) -> Array:
+    """Return how many elements of each place along the last axis are not 0 and are not left out."""
+    features = x.shape[-1]
+    if not x.size:
+        return np.zeros(features, np.int64)
+    bits = bits_of(x.dtype)
+    rows = x.view(bits).reshape(-1, features)
+    kept = None
+    if weights is not None:
+        kept = np.broadcast_to(each_once(weights) != 0, x.shape).reshape(-1, features)
+    shares = min(EXACT_SHARES, len(rows)) if x.size >= PARALLEL_FROM and may_use_threads() else 1
+    counts = np.zeros((shares, features), np.int64)
+    kernel = kernel_of(drivers.active_kernel, bits, kept is not None, shares > 1)
+    kernel(rows, rows if kept is None else kept, counts)
+    total: Array = counts.sum(axis=0)
+    return total
 
 
 def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool, weighted: bool = False) -> Any:

@@ -24,6 +24,8 @@ __all__ = [
     "BLOCK",
     "BLOCK_SIGNATURE",
     "CALL_SIGNATURE",
+    "SUMS",
+    "TOTALS",
     "WHOLE_SIGNATURE",
     "Call",
     "Plan",
@@ -42,7 +44,8 @@ __all__ = [
 ]
 
 _LAMS = ctypes.c_double * MOST_LAMS
-TOTALS = 4  # numbers that sums take: a pair (hi, lo) for each
+SUMS = 4  # numbers that sums take: a pair (hi, lo) for each
+TOTALS = SUMS + 3  # and how many elements were counted, how many were not 0, and the largest
 BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 SHARES = 256  # of a call, which threads take in turn
 
@@ -62,6 +65,7 @@ class Call(ctypes.Structure):
         ("gradients", ctypes.c_int64),
         ("weights", ctypes.c_int64),  # if there are any, and what gathers them
         ("gather", ctypes.c_int64),
+        ("count_elements", ctypes.c_int64),  # what counts for statistics, if it is wanted
         ("size", ctypes.c_int64),
         ("length", ctypes.c_int64),  # of a row
         ("x_step", ctypes.c_int64),
@@ -79,6 +83,7 @@ class Call(ctypes.Structure):
         ("lam", _LAMS),  # rounded to T, once prepared
         ("gradient_lam", _LAMS),
         ("total", ctypes.c_double * TOTALS),
+        ("counts", ctypes.c_double * (TOTALS - SUMS)),
         ("coefficients", ctypes.c_double * MOST_COEFFICIENTS),
         ("penalty", ctypes.c_double),
     )

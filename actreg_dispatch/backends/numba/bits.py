@@ -19,12 +19,14 @@ __all__ = [
     "as_float",
     "as_int",
     "bits_of",
+    "counts_of",
     "exponent_of",
     "extremes",
     "multiply_add",
     "narrow",
     "power_of_two",
     "value_of",
+    "weighted_counts_of",
     "widen",
 ]
 
@@ -172,6 +174,29 @@ def extremes(xs):  # type: ignore[no-untyped-def]
         nearest = max(nearest, _negated(magnitude))
     smallest = _negated(nearest)
     return value_of(_as_number(xs[0], largest)), value_of(_as_number(xs[0], smallest))
+
+
+@register_jitable
+def counts_of(xs):  # type: ignore[no-untyped-def]
+    """Return how many elements are not 0, and the largest magnitude."""
+    largest, nonzero = _magnitude_bits(xs[0]), 0
+    for j in range(xs.size):
+        magnitude = _magnitude_bits(xs[j])
+        largest = max(largest, magnitude)
+        nonzero += magnitude != 0
+    return nonzero, value_of(_as_number(xs[0], largest))
+
+
+@register_jitable
+def weighted_counts_of(xs, ws):  # type: ignore[no-untyped-def]
+    """Do :func:`counts_of` for elements whose weight is not 0, of which there are so many."""
+    largest, nonzero, kept = 0, 0, 0
+    for j in range(xs.size):
+        magnitude = as_int(abs(value_of(xs[j]))) if ws[j] != 0 else 0
+        largest = max(largest, magnitude)
+        nonzero += magnitude != 0
+        kept += ws[j] != 0
+    return kept, nonzero, as_float(largest)
 
 
 @register_jitable

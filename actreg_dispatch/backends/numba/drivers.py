@@ -25,6 +25,7 @@ from numba.extending import register_jitable
 from actreg_dispatch.backends.numba.addresses import (
     BLOCK,
     SHARES,
+    SUMS,
     TOTALS,
     WHOLE_SIGNATURE,
     Call,
@@ -39,6 +40,7 @@ from actreg_dispatch.backends.numba.addresses import (
     new_totals,
     plan_at,
 )
+from actreg_dispatch.backends.numba.bits import value_of
 from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
 from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
 from actreg_dispatch.backends.numba.rows import store_of
@@ -47,6 +49,7 @@ from actreg_dispatch.sums.certified import NEEDS_EXACT_SUM, NOT_HANDLED, merge_p
 __all__ = [
     "EXACT_SHARES",
     "PARALLEL_FROM",
+    "active_kernel",
     "apartness_kernel",
     "batch_kernel",
     "describing_kernel",
@@ -77,8 +80,19 @@ def _clear(there):  # type: ignore[no-untyped-def]
 def _add_to(there, part):  # type: ignore[no-untyped-def]
     """Add the total of a block to the total there."""
     total, more = dense_row(_REAL, there, TOTALS, 8), dense_row(_REAL, part, TOTALS, 8)
-    for k in range(0, TOTALS, 2):
+    for k in range(0, SUMS, 2):
         total[k], total[k + 1] = merge_pairs(total[k], total[k + 1], more[k], more[k + 1])
+    total[SUMS] += more[SUMS]
+    total[SUMS + 1] += more[SUMS + 1]
+    if not more[SUMS + 2] <= total[SUMS + 2]:  # which NaN is not
+        total[SUMS + 2] = more[SUMS + 2]
+
+
+@register_jitable
+def _keep_counts(there, total):  # type: ignore[no-untyped-def]
+    counts, found = dense_row(_REAL, there, TOTALS - SUMS, 8), dense_row(_REAL, total, TOTALS, 8)
+    for k in range(TOTALS - SUMS):
+        counts[k] = found[SUMS + k]
 
 
 @register_jitable
@@ -149,6 +163,8 @@ def whole_function(parallel: bool) -> Any:
     def whole(plan, address):  # type: ignore[no-untyped-def]
         functions, call = plan_at(plan), call_at(address)
         run_pass(functions.first, address)
+        _keep_counts(address_of(call.counts), address_of(call.total))
+        call.count_elements = 0  # they have been counted
         found = call_function(functions.finish, (address,))
         if found == UNCERTAIN:
             return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
@@ -238,7 +254,7 @@ def _several_lams(lam):  # type: ignore[no-untyped-def]
 @register_jitable
 def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
     """Write down that the arrays are one row, without weights."""
-    call.weights = call.gather = call.w_step = 0
+    call.weights = call.gather = call.count_elements = call.w_step = 0
     call.activations, call.gradients, call.size, call.length = x, g, size, size
     call.x_step = call.g_step = itemsize
     call.n_axes = call.axes = 0
@@ -270,6 +286,29 @@ def describing_kernel(dtype: np.dtype[Any], axes: int, writes: bool) -> Any:
     x = types.Array(element, axes, "C", readonly=True)
     g = types.Array(element, axes, "C", readonly=not writes)
     return compile_kernel(kernel, _INT(x, g, _INT, _INT, _INT), dtype, axes, writes, _nrt=False)
+
+
+def active_kernel(dtype: np.dtype[Any], masked: bool, parallel: bool) -> Any:
+    """Compile what counts, for each column of a matrix, the elements that are not 0.
+
+    It is given the matrix, a mask of its shape if it is ``masked``, and counts for each share of
+    the rows.
+    """
+
+    def kernel(x, mask, counts):  # type: ignore[no-untyped-def]
+        rows, shares = len(x), len(counts)
+        for k in numba.prange(shares):
+            mine = counts[k]
+            for row in range(k * rows // shares, (k + 1) * rows // shares):
+                values, kept = x[row], mask[row]
+                for j in range(mine.size):
+                    is_active = value_of(values[j]) != 0.0
+                    mine[j] += is_active and (not masked or kept[j])
+
+    x = types.Array(numba.from_dtype(dtype), 2, "A", readonly=True)
+    mask = types.Array(types.boolean, 2, "A", readonly=True) if masked else x
+    signature = types.void(x, mask, types.Array(_INT, 2, "C"))
+    return compile_kernel(kernel, signature, dtype, masked, parallel, parallel=parallel)
 
 
 def rows_kernel(dtype: np.dtype[Any]) -> Any:

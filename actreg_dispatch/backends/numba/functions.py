@@ -17,6 +17,7 @@ from actreg_dispatch.backends.numba.addresses import (
     BLOCK,
     BLOCK_SIGNATURE,
     CALL_SIGNATURE,
+    SUMS,
     TOTALS,
     call_at,
     call_block,
@@ -24,7 +25,7 @@ from actreg_dispatch.backends.numba.addresses import (
     new_block,
     strided_row,
 )
-from actreg_dispatch.backends.numba.bits import bits_of, widen
+from actreg_dispatch.backends.numba.bits import bits_of, counts_of, weighted_counts_of, widen
 from actreg_dispatch.backends.numba.compiling import compile_function
 from actreg_dispatch.backends.numba.exact import (
     add_products,
@@ -52,6 +53,7 @@ __all__ = [
     "NO_GRADIENT",
     "UNCERTAIN",
     "block_function",
+    "counting_function",
     "exact_function",
     "finish_function",
     "gathering_function",
@@ -107,6 +109,8 @@ def block_function(
                 *(update, gradient, lam, c),
             )
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
+        if call.count_elements != 0:
+            call_block(call.count_elements, (address, number, there))
         return 0
 
     key = terms, norm and norm.source, dtype, dense, overwrites, weighted
@@ -181,6 +185,38 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
             w += place * axes[axis + 3]
     x, g, w = x + start * call.x_step, g + start * call.g_step, w + start * call.w_step
     return x, g, w, min(BLOCK, call.length - start)
+
+
+def counting_function(dtype: np.dtype[Any], weighted: bool) -> Any:
+    """Compile what counts the elements of a block, next to the total of the block.
+
+    How many there are, how many of them are not 0, and the largest magnitude.
+    """
+    bits, size = bits_of(dtype), COMPUTE_DTYPES[dtype].itemsize
+    element, itemsize, real = bits.type, bits.itemsize, COMPUTE_DTYPES[dtype].type
+
+    def count_elements(address, number, there):  # type: ignore[no-untyped-def]
+        call, counts = call_at(address), dense_row(np.float64, there + 8 * SUMS, TOTALS - SUMS, 8)
+        first = number * call.pieces_per_block
+        for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
+            x, _g, _w, count = _piece(call, piece)
+            kept = count
+            if weighted:
+                xs = strided_row(element, x, count, call.x_step)
+                w = call_block(call.gather, (address, piece, new_block()))
+                ws = dense_row(real, w, count, size)
+                kept, nonzero, largest = weighted_counts_of(xs, ws)
+            elif call.x_step == itemsize:
+                nonzero, largest = counts_of(dense_row(element, x, count, itemsize))
+            else:
+                nonzero, largest = counts_of(strided_row(element, x, count, call.x_step))
+            counts[0] += kept
+            counts[1] += nonzero
+            if not largest <= counts[2]:
+                counts[2] = largest
+        return 0
+
+    return compile_function(count_elements, BLOCK_SIGNATURE, dtype, weighted)
 
 
 def gathering_function(weights: np.dtype[Any], compute: np.dtype[Any]) -> Any:
