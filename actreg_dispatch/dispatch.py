@@ -76,7 +76,7 @@ class Dispatcher:
     calls that read and for calls that write.
     """
 
-    __slots__ = "_kernels", "_options", "epsilon", "lam", "reading", "writing"
+    __slots__ = "_kernels", "_options", "epsilon", "lam", "lam_array", "reading", "writing"
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -93,6 +93,8 @@ class Dispatcher:
         lam, _, epsilon, _, _ = self._options = options
         self.lam: Any = lam if len(lam) > 1 else lam[0]
         self.epsilon = math.nan if epsilon is None else epsilon
+        # torch.compile takes numbers for constants, but arrays for inputs of what it compiles
+        self.lam_array = np.array(lam)
 
     def penalty(self, activations: Any) -> Any:
         """Return the penalty of a contiguous array, or None."""

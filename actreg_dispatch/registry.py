@@ -319,7 +319,15 @@ def array_type_of(cls: type) -> str | None:
 
 def library_of(array: Any) -> Any:
     """Return the module of :data:`LIBRARIES` for ``array``; None if backends take it as it is."""
-    array_type = array_type_of(type(array))
+    array_type = _ARRAY_TYPES.get(type(array))
+    if array_type is None:
+        torch: Any = sys.modules.get("torch")
+        if issubclass(type(array), getattr(torch, "Tensor", ())) and torch.compiler.is_compiling():
+            # Dynamo cannot trace a lock, nor an import by a name that is computed.
+            from actreg_dispatch import torch as adapter
+
+            return adapter
+        array_type = array_type_of(type(array))
     if array_type not in LIBRARIES:
         return None
     module = _LIBRARY_MODULES.get(array_type)
