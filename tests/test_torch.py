@@ -7,9 +7,11 @@ compared with NumPy arrays on the same memory, bit for bit, and with PyTorch's o
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import pickle
+import shutil
 import sys
 import types
 import warnings
@@ -31,6 +33,7 @@ from actreg_dispatch import (
 
 torch = pytest.importorskip("torch")
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
@@ -45,6 +48,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast:FutureWarning"),
     # what CuPy says of a PyTorch that is older than its protocol for streams
     pytest.mark.filterwarnings("ignore:ExternalStream is deprecated:DeprecationWarning"),
+    # what torch.export says of itself
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*Sparse CSR.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*:UserWarning"),
 ]
@@ -710,51 +715,267 @@ def test_batched_gradients_are_refused():
         torch.autograd.grad(penalty, x, torch.ones(2), is_grads_batched=True)
 
 
+class Compiler:
+    """``torch.compile`` into one whole graph, without code generation; counts its graphs."""
+
+    def __init__(self, backend="aot_eager"):
+        self.counter = CompileCounterWithBackend(backend)
+
+    def __call__(self, function):
+        return torch.compile(function, backend=self.counter, fullgraph=True)
+
+    @property
+    def graphs(self):
+        return self.counter.frame_count
+
+    @property
+    def operators(self):
+        """The library's operators in the last graph, in order."""
+        targets = [str(node.target) for node in self.counter.graphs[-1].graph.nodes]
+        return [name.split(".")[1] for name in targets if name.startswith("actreg_dispatch.")]
+
+
 @pytest.fixture
 def compiled():
-    """Compile without code generation, which needs a C++ compiler; forget all afterwards."""
+    """Compile into whole graphs; forget all of them before and afterwards."""
     torch._dynamo.reset()
-    yield lambda function, **options: torch.compile(function, backend="aot_eager", **options)
+    yield Compiler()
     torch._dynamo.reset()
 
 
 @norms
-def test_compiled_code_calls_the_library(compiled, norm):
-    reg, layer = (
-        ActivityRegularization(0.3, norm),
-        ActivityRegularizer(ActivityRegularization.l1(1)),
-    )
-
-    def loss(x):
-        hidden = layer((x * 2).sin())
-        return hidden.square().sum() + reg.penalty(hidden)
-
-    def update(x, gradients):
-        return reg.apply(x * 2, gradients) + 1
-
-    function = compiled(loss)
-    for lam in (0.3, 0.7):
-        reg.lam = lam  # is not compiled in
-        x, y = (normal(4, 3).requires_grad_() for _ in range(2))
-        found, expected = function(x), loss(y)
-        torch.testing.assert_close(found, expected)
+def test_a_compiled_penalty_and_its_gradient_have_the_same_bits(compiled, norm):
+    reg = ActivityRegularization(0.3, norm, reduction="mean")
+    function = compiled(lambda x: reg.penalty(x * 2) * 3)
+    for values in (normal(4, 3), normal(4, 3, seed=1)):
+        x, y = (values.clone().requires_grad_() for _ in range(2))
+        found, expected = function(x), reg.penalty(y * 2) * 3
         found.backward()
         expected.backward()
+        assert bits(found) == bits(expected)
+        assert bits(x.grad) == bits(y.grad)
+    assert compiled.operators == ["penalty"]
+    assert compiled.graphs == 1
+
+
+@norms
+def test_a_compiled_update_writes_where_the_gradients_are(compiled, norm):
+    reg, leaf = ActivityRegularization(0.3, norm), normal(4, 3).requires_grad_()
+    leaf.grad, expected = torch.ones(4, 3), torch.ones(4, 3)
+    grad = leaf.grad
+    penalty = compiled(lambda x, gradients: reg.apply(x, gradients, scale=2.0))(leaf, grad)
+    assert bits(penalty) == bits(reg.apply(leaf, expected, scale=2.0))
+    assert bits(grad) == bits(expected)
+    assert not penalty.requires_grad
+    assert compiled.operators == ["update"]
+
+    both = reg.penalty_and_gradient(leaf)
+    assert list(map(bits, compiled(reg.penalty_and_gradient)(leaf))) == list(map(bits, both))
+    value, out = compiled(reg.penalty_and_gradient)(leaf, grad)
+    assert out is grad
+    assert [bits(value), bits(out)] == list(map(bits, both))
+
+
+@norms
+def test_a_compiled_layer_trains_as_it_does_otherwise(compiled, norm):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4),
+        ActivityRegularizer(ActivityRegularization(0.3, norm), scale=3.0),
+        torch.nn.Linear(4, 2),
+    )
+    x, results = normal(5, 3), []
+    for function in (compiled(model), model):
+        model.zero_grad()
+        model[1].penalty = None
+        function(x).square().sum().backward()
+        results.append([*(p.grad for p in model.parameters()), model[1].penalty])
+    torch.testing.assert_close(*results)
+    assert not model[1].penalty.requires_grad
+    assert compiled.operators == ["penalty", "pass_through"]
+    model.eval()
+    assert torch.equal(compiled(model)(x), model(x))
+    assert model[1].penalty is None
+    assert compiled.operators == []
+
+
+def test_a_warm_up_compiles_once_and_is_followed(compiled):
+    several = ActivityRegularization.l1_l2(0.0, 0.0)
+    layer = ActivityRegularizer(ActivityRegularization.l2(0.0))
+
+    def loss(x):
+        hidden = layer(x * 2)
+        return hidden.square().sum() + several.penalty(hidden)
+
+    function = compiled(loss)
+    for step in range(6):
+        layer.reg.lam, several.lam, layer.scale = 0.1 * step, (0.2 * step, 0.3 * step), 1.0 + step
+        x, y = (normal(4, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
+        found = function(x)
+        found.backward()
+        penalty = layer.penalty
+        expected = loss(y)
+        expected.backward()
+        assert torch.equal(penalty, layer.penalty)
+        torch.testing.assert_close(found, expected)
         torch.testing.assert_close(x.grad, y.grad)
-    gradients, others = torch.zeros(4, 3), torch.zeros(4, 3)
-    assert compiled(update)(x.detach(), gradients) == update(x.detach(), others)
-    assert torch.equal(gradients, others)
+    assert compiled.graphs == 1
 
 
-def test_a_graph_that_must_be_whole_cannot_hold_the_call(compiled):
-    reg, x = ActivityRegularization.l1(0.3), torch.ones(3)
-    unsupported = torch._dynamo.exc.Unsupported
-    with pytest.raises(unsupported, match="function penalty"):
-        compiled(lambda x: tensors.penalty(reg, x) + 1, fullgraph=True)(x)
-    with pytest.raises(unsupported, match=r"ActivityRegularizer\.forward"):
-        compiled(ActivityRegularizer(reg), fullgraph=True)(x)
-    with pytest.raises((TypeError, unsupported), match=r"FakeTensor|ActivityRegularizer\.forward"):
-        torch.export.export(ActivityRegularizer(reg), (x,))
+def test_layers_that_differ_in_lam_share_a_graph(compiled):
+    regs = [ActivityRegularization.l2(0.1 * k) for k in range(6)]
+    function = compiled(lambda reg, x: reg.penalty(x))
+    for reg in regs:
+        assert function(reg, torch.ones(4)) == reg.penalty(torch.ones(4))
+    assert compiled.graphs == 1
+
+
+def test_the_backend_of_compiled_code_is_chosen_when_it_runs(compiled, caplog):
+    reg = ActivityRegularization.l1(0.5)
+    function = compiled(reg.penalty)
+    for name in ("numba", "numpy"):
+        caplog.clear()
+        with use_backend(name), caplog.at_level(logging.DEBUG, "actreg_dispatch"):
+            assert function(torch.ones(3)) == 1.5
+        assert f"backend {name} " in caplog.text
+    assert compiled.graphs == 1
+
+
+def test_compiled_code_refuses_what_is_refused_otherwise(compiled):
+    reg = ActivityRegularization.l1(0.5)
+    gradients = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"gradients have shape \(4,\) but activations have"):
+        compiled(lambda x, g: reg.apply(x, g))(torch.ones(3), gradients)
+    assert not gradients.any()
+    with pytest.raises(TypeError, match=r"int64.*float32"):
+        compiled(reg.penalty)(torch.ones(3, dtype=torch.int64))
+    reg.lam = 1e300
+    with pytest.raises(ValueError, match=r"lam=1e\+300 is too large"):
+        compiled(reg.penalty)(torch.ones(3))
+
+
+def test_compiled_code_breaks_its_graph_for_transforms():
+    torch._dynamo.reset()
+    reg, x = ActivityRegularization.l2(0.5), normal(3, 4)
+    layer = ActivityRegularizer(reg)
+    each = torch.func.vmap(torch.func.grad(lambda x: layer(x).square().sum() + reg.penalty(x)))
+    torch.testing.assert_close(torch.compile(each, backend="aot_eager")(x), each(x))
+    torch._dynamo.reset()
+
+
+def test_the_first_call_may_be_a_compiled_one(python):
+    code = """
+import torch
+from actreg_dispatch import ActivityRegularization
+reg = ActivityRegularization.l1(0.5, backend="numpy")
+function = torch.compile(lambda x: reg.penalty(x), backend="eager", fullgraph=True)
+print(function(torch.ones(3)).item(), function(torch.nn.Parameter(torch.ones(3))).item())
+"""
+    assert python("-W", "ignore", "-c", code).stdout == "1.5 1.5\n"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+def test_generated_code_calls_the_library():
+    torch._dynamo.reset()
+    compiler, layer = Compiler("inductor"), ActivityRegularizer(ActivityRegularization.l1(0.5))
+    reg = ActivityRegularization.l2(0.3)
+
+    def loss(x):
+        hidden = layer(x * 2)
+        return hidden.square().sum() + reg.penalty(hidden)
+
+    function, gradients = compiler(loss), []
+    for call in (function, loss):
+        x = normal(4, 3).requires_grad_()
+        call(x).backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+    torch._dynamo.reset()
+
+
+class Exported(torch.nn.Module):
+    """A model whose loss has a penalty, and in which a layer adds that of another."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(3, 4)
+        self.layer = ActivityRegularizer(ActivityRegularization.l2(0.3), scale=2.0)
+        self.reg = ActivityRegularization.l1(0.2)
+
+    def forward(self, x):
+        hidden = self.layer(self.linear(x))
+        return hidden.square().sum() + self.reg.penalty(hidden)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_trains_with_the_lam_of_its_time(training, strict):
+    model, x = Exported().train(training), normal(5, 3)
+    model.layer.penalty = seen = torch.ones(())
+    batch = {0: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(model, (x,), dynamic_shapes=(batch,), strict=strict)
+    assert model.layer.penalty is seen
+    expected = model(x)
+    expected.backward()
+    model.reg.lam = model.layer.reg.lam = 5.0
+    room = io.BytesIO()
+    torch.export.save(program, room)
+    room.seek(0)
+    module = torch.export.load(room).module()
+    found = module(x)
+    found.backward()
+    assert torch.equal(found, expected)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter.grad, model.get_parameter(name).grad)
+    assert module(normal(7, 3)).isfinite()
+    layer = "actreg_dispatch.pass_through.default"
+    assert (layer in str(program.graph)) is training
+    assert "actreg_dispatch.penalty.default" in str(program.run_decompositions().graph)
+
+
+def test_an_exported_model_has_second_derivatives():
+    found = []
+    for function in (torch.export.export(Exported(), (normal(5, 3),)).module(), Exported()):
+        x = normal(5, 3).requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_symbolic_tracing_keeps_the_layer_whole():
+    layer = ActivityRegularizer(ActivityRegularization.l1(0.5))
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Tanh(), layer, torch.nn.ReLU()))
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 3
+    layer.reg.lam = 0.25  # is not traced
+    leaf = torch.ones(2, requires_grad=True)
+    traced(leaf).backward(torch.zeros(2))
+    assert leaf.grad.all()
+    assert layer.penalty == 0.5 * leaf.tanh()[0]
+
+
+def samples():
+    """Return arguments of every operator."""
+    x, one = normal(3, 4), torch.tensor(2.0, dtype=torch.float64)
+    leaf, lam = x.clone().requires_grad_(), torch.tensor([0.3], dtype=torch.float64)
+    options = lam, "l2", None, "sum", None
+    return {
+        "penalty": [
+            (leaf, *options),
+            (x.T.bfloat16(), *options),
+            (leaf, lam, "l1", None, "mean", "numpy"),
+        ],
+        "gradient": [(x, one, None, *options), (x.T, one, x.T.contiguous(), *options)],
+        "update": [(x, x.clone(), 1.5, overwrite, *options) for overwrite in (False, True)],
+        "pass_through": [(leaf, one, *options), (x, one, *options)],
+    }
+
+
+@pytest.mark.parametrize("name", samples())
+def test_operators_are_what_they_say(name):
+    for arguments in samples()[name]:
+        operator = getattr(torch.ops.actreg_dispatch, name).default
+        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
 # The layer.

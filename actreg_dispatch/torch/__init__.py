@@ -6,7 +6,9 @@ work on the tensor's memory as a NumPy array, on a CUDA device as a CuPy array, 
 stream there. They look at tensors as an optimizer does: graphs are neither followed nor recorded,
 so ``reg.apply(activations, activations.grad)`` works on a leaf, and autograd is told of what was
 written. The one method that autograd can differentiate is ``reg.penalty``, which is
-:func:`penalty`; :class:`ActivityRegularizer` is a layer.
+:func:`penalty`; :class:`ActivityRegularizer` is a layer. These two, ``reg.apply`` and
+``reg.penalty_and_gradient`` can be compiled by ``torch.compile(fullgraph=True)``; the other methods
+break a graph.
 
 The penalty is a 0-d tensor of the compute dtype on the device of the activations. Gradients are
 tensors of the dtype, shape and device of the activations. bfloat16 takes ``ml_dtypes``, which gives
@@ -17,26 +19,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from actreg_dispatch.layers import Penalties
 from actreg_dispatch.options import check_scale
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
 from actreg_dispatch.sums.exact import Total
+from actreg_dispatch.torch import operators
 from actreg_dispatch.torch.autograd import (
     differentiable_penalty,
     pass_through,
     penalty_value,
-    transformed,
+    transformed_penalty,
 )
+from actreg_dispatch.torch.internals import transformed
 from actreg_dispatch.torch.memory import (
     as_tensor,
+    check_and_update,
     check_tensor,
-    new_like,
     pair,
+    penalty_and_new_gradient,
     plain,
     stream_of,
-    update,
     view,
 )
 
@@ -51,10 +56,19 @@ __all__ = [
 ]
 
 
+def _called(function: Any, operation: Any, *arguments: Any) -> Any:
+    """Call ``function``, or, where that would be traced, what the graph is to hold instead."""
+    if transformed():  # by torch.func, which the operators do not know: graphs break here
+        return _untraced(function)(*arguments)
+    return (operation if torch.compiler.is_compiling() else function)(*arguments)
+
+
+_untraced = torch.compiler.disable
+
+
 # What the methods of ActivityRegularization call.
 
 
-@torch.compiler.disable
 def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
     r"""Return the penalty of ``activations``, differentiably.
 
@@ -90,8 +104,12 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
 
     Second and higher derivatives, forward-mode AD (not inside itself) and the transforms of
     ``torch.func`` work. Derivatives beyond the gradient are PyTorch's arithmetic, so that their
-    last bits are not promised, and ``vmap`` goes sample by sample. ``torch.compile`` leaves the
-    function out of its graphs, and says so where it must not (``fullgraph=True``).
+    last bits are not promised, and ``vmap`` goes sample by sample.
+
+    ``torch.compile`` and ``torch.export`` put the penalty into their graphs as one operator. λ is
+    an input of compiled code, so that assigning it compiles nothing anew; an exported program keeps
+    that of its time. Such graphs hold the gradient, and no transforms of ``torch.func``, for which
+    ``torch.compile`` breaks them.
 
     Examples
     --------
@@ -104,10 +122,14 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
     """
     check_regularization(reg)
     check_tensor("activations", activations)
+    if transformed():
+        return _untraced(transformed_penalty)(reg, activations)
+    if torch.compiler.is_compiling():
+        return operators.penalty(reg, activations)
     return differentiable_penalty(reg, activations)
 
 
-@torch.compiler.disable
+@_untraced
 def partial_sum(reg: ActivityRegularization, activations: torch.Tensor) -> Total:
     """Do :meth:`ActivityRegularization.partial_sum`; waits for a device."""
     x = plain("activations", activations)
@@ -115,7 +137,6 @@ def partial_sum(reg: ActivityRegularization, activations: torch.Tensor) -> Total
         return reg.partial_sum(view(x))
 
 
-@torch.compiler.disable
 def apply(
     reg: ActivityRegularization,
     activations: torch.Tensor,
@@ -124,10 +145,13 @@ def apply(
     scale: float = 1.0,
 ) -> torch.Tensor:
     """Do :meth:`ActivityRegularization.apply`; the penalty does not require grad."""
-    return update(reg, *pair(activations, gradients), scale)
+    found: torch.Tensor = _called(
+        check_and_update, operators.update, reg, activations, gradients, scale
+    )
+    return found
 
 
-@torch.compiler.disable
+@_untraced
 def apply_all(
     reg: ActivityRegularization,
     labels: list[Any],
@@ -160,7 +184,6 @@ def apply_all(
     return Penalties(whole, values)
 
 
-@torch.compiler.disable
 def penalty_and_gradient(
     reg: ActivityRegularization,
     activations: torch.Tensor,
@@ -170,18 +193,15 @@ def penalty_and_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do :meth:`ActivityRegularization.penalty_and_gradient`; neither result requires grad."""
     if out is None:
-        x = plain("activations", activations)
-        gradient = new_like(x).zero_()
-        return update(reg, x, gradient, scale), gradient
-    x, g = pair(activations, out, "out")
-    with stream_of(x):
-        found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale)
-        value = as_tensor(found, x)
-    torch.autograd.graph.increment_version(g)
+        found: tuple[torch.Tensor, torch.Tensor] = _called(
+            penalty_and_new_gradient, operators.penalty_and_new_gradient, reg, activations, scale
+        )
+        return found
+    value = _called(check_and_update, operators.update, reg, activations, out, scale, True)
     return value, out
 
 
-@torch.compiler.disable
+@_untraced
 def add_gradient(
     reg: ActivityRegularization,
     activations: torch.Tensor,
@@ -227,7 +247,9 @@ class ActivityRegularizer(torch.nn.Module):
     output. A layer that is called several times adds the gradient of each call; ``penalty`` is the
     last one's.
 
-    λ and ``scale`` are settings and not part of ``state_dict``. Copies and pickles keep them.
+    λ and ``scale`` are settings and not part of ``state_dict``. Copies and pickles keep them. In
+    compiled code they are inputs, and in an exported program what they were at the time; there, no
+    ``penalty`` is kept. ``torch.fx.symbolic_trace`` keeps the layer whole.
 
     The output shares the input's memory, and PyTorch refuses to change it in place: put
     ``ReLU(inplace=True)`` before this layer. Forward-mode AD is refused, as it has no way back.
@@ -256,18 +278,39 @@ class ActivityRegularizer(torch.nn.Module):
     @scale.setter
     def scale(self, value: float) -> None:
         self._scale = check_scale(value)
+        # for graphs, as λ has one; of an array without axes, PyTorch makes a number, to compile in
+        self._scale_array = np.array([self._scale])
 
-    @torch.compiler.disable
     def forward(self, activations: torch.Tensor) -> torch.Tensor:
         """Return ``activations``, in training mode so that backward adds the gradient."""
+        if isinstance(activations, torch.fx.Proxy):  # symbolic_trace: the layer is one node
+            tracer = activations.tracer
+            return tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (activations,), {}
+            )
         check_tensor("activations", activations)
-        self.penalty = None
-        if not self.training:
-            return activations
-        if not transformed():
-            self.penalty = penalty_value(self.reg, activations)
-        return pass_through(self.reg, self._scale, activations)
+        found: torch.Tensor = _called(_regularized, _regularized_in_a_graph, self, activations)
+        return found
 
     def extra_repr(self) -> str:
         """Return what stands between the parentheses of ``repr``."""
         return repr(self.reg) if self._scale == 1.0 else f"{self.reg!r}, scale={self._scale!r}"
+
+
+def _regularized(layer: ActivityRegularizer, activations: torch.Tensor) -> torch.Tensor:
+    layer.penalty = None
+    if not layer.training:
+        return activations
+    if not transformed():
+        layer.penalty = penalty_value(layer.reg, activations)
+    return pass_through(layer.reg, layer._scale, activations)
+
+
+def _regularized_in_a_graph(layer: ActivityRegularizer, activations: torch.Tensor) -> torch.Tensor:
+    training = layer.training
+    if not operators.is_exporting():  # which refuses a module that changes
+        layer.penalty = operators.penalty(layer.reg, activations.detach()) if training else None
+    if not training:
+        return activations
+    scale = operators.as_input((layer._scale,), layer._scale_array)
+    return operators.pass_through(layer.reg, scale, activations)

@@ -6,18 +6,17 @@ arithmetic on the functions of the norm.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from actreg_dispatch.derivatives import gradient_expression
 from actreg_dispatch.norms import signed_by_type, sqrt
 from actreg_dispatch.options import constants_of, count_of
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.huge_pages import FROM_BYTES
+from actreg_dispatch.torch.internals import forward_modes, transformed
 from actreg_dispatch.torch.memory import (
     DTYPES,
     as_tensor,
@@ -29,13 +28,14 @@ from actreg_dispatch.torch.memory import (
     view,
 )
 
-__all__ = ["differentiable_penalty", "pass_through", "penalty_value", "transformed"]
-
-
-def transformed() -> bool:
-    """Return whether tensors may carry more than values, by ``torch.func`` or forward-mode AD."""
-    functorch: bool = torch._C._are_functorch_transforms_active()
-    return functorch or forward_ad._current_level >= 0
+__all__ = [
+    "differentiable_penalty",
+    "new_gradient",
+    "pass_through",
+    "penalty_value",
+    "pull_back_of_gradient",
+    "transformed_penalty",
+]
 
 
 def penalty_value(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
@@ -45,17 +45,40 @@ def penalty_value(reg: ActivityRegularization, activations: torch.Tensor) -> tor
         return as_tensor(reg.penalty(view(x)), x)
 
 
+def new_gradient(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    scale: torch.Tensor,
+    gradients: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return ``gradients``, or zeros, plus ``scale`` times the gradient, without a graph."""
+    x = plain("activations", activations)
+    if gradients is None:
+        gradient = new_like(x)
+        # With the zeros in the cache, adding takes a fifth of the time of overwriting.
+        few = x.nbytes < FROM_BYTES
+        update(reg, x, gradient.zero_() if few else gradient, float(scale), not few)
+        return gradient
+    updated = new_like(gradients).copy_(gradients)
+    update(reg, x, plain("gradients", updated), float(scale))
+    return updated
+
+
 def differentiable_penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
-    """Return the penalty, which requires grad if the activations do."""
-    if transformed():
-        function = _Penalty.apply
-    elif not (activations.requires_grad and torch.is_grad_enabled()):
+    """Return the penalty, which requires grad if the activations do, outside transforms."""
+    if not (activations.requires_grad and torch.is_grad_enabled()):
         function = penalty_value
     elif activations.is_cpu and activations.nbytes < FROM_BYTES:
-        function = _PenaltyOfFew.apply
+        function = _penalty_of_few
     else:
-        function = _Penalty.apply
+        function = _without_signature(_Penalty)
     found: torch.Tensor = function(reg, activations)
+    return found
+
+
+def transformed_penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+    """Return the penalty inside transforms."""
+    found: torch.Tensor = _Penalty.apply(reg, activations)
     return found
 
 
@@ -81,8 +104,7 @@ def _differentiable(function: Any, *arguments: Any) -> Any:
 
 def _check_nesting() -> None:
     """Refuse forward-mode AD inside itself, where PyTorch takes the result for a constant."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+    if forward_modes() > 1:
         raise NotImplementedError(
             "PyTorch cannot nest forward-mode AD through functions of other libraries; "
             "take the inner derivative in reverse mode, as torch.func.hessian does"
@@ -102,6 +124,11 @@ def _sample_by_sample(function: Any, info: Any, in_dims: Any, *arguments: Any) -
     return torch.stack(results)[:size], 0
 
 
+def _without_signature(function: Any) -> Any:
+    """Return what ``function.apply`` calls in the end, outside transforms."""
+    return super(torch.autograd.Function, function).apply
+
+
 class _Regularizing(torch.autograd.Function):
     """What the functions have in common: activations that are saved, and λ as it was."""
 
@@ -110,21 +137,19 @@ class _Regularizing(torch.autograd.Function):
         """Do what PyTorch would, but not look at signatures, which takes it 15 µs."""
         if transformed():
             return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)
+        return _without_signature(cls)(*arguments)
 
     @staticmethod
     def keep(ctx: Any, reg: ActivityRegularization, *tensors: torch.Tensor) -> None:
-        ctx.reg, ctx.lam = reg, reg.lam
+        ctx.reg, ctx.options = reg, reg.options
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
     @staticmethod
     def kept(ctx: Any) -> ActivityRegularization:
-        if ctx.reg.lam == ctx.lam:
+        if ctx.reg.options is ctx.options:
             return ctx.reg  # type: ignore[no-any-return]
-        reg = copy.copy(ctx.reg)
-        reg.lam = ctx.lam
-        return reg  # type: ignore[no-any-return]
+        return ActivityRegularization.from_options(ctx.options)
 
 
 class _Penalty(_Regularizing):
@@ -155,7 +180,7 @@ class _Penalty(_Regularizing):
         return _sample_by_sample(_Penalty, info, in_dims, *arguments)
 
 
-class _PenaltyOfFew(_Regularizing):
+class _PenaltyOfFew(torch.autograd.Function):
     """The penalty of so few activations that the time goes to Python: the gradient is found, too.
 
     It is that of an incoming gradient of 1, the usual one. Not for transforms.
@@ -165,7 +190,7 @@ class _PenaltyOfFew(_Regularizing):
     def forward(ctx: Any, reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
         x = plain("activations", activations)
         ctx.gradient = torch.zeros_like(x)
-        ctx.reg, ctx.lam = reg, reg.lam
+        ctx.reg, ctx.options = reg, reg.options
         ctx.save_for_backward(activations)
         return as_tensor(reg.apply(view(x), view(ctx.gradient)), x)
 
@@ -178,28 +203,13 @@ class _PenaltyOfFew(_Regularizing):
         return None, gradient
 
 
+_penalty_of_few = _without_signature(_PenaltyOfFew)
+
+
 class _Gradient(_Regularizing):
     """``gradients``, or zeros, plus ``scale`` times the gradient of the penalty."""
 
-    @staticmethod
-    def forward(
-        reg: ActivityRegularization,
-        activations: torch.Tensor,
-        scale: torch.Tensor,
-        gradients: torch.Tensor | None,
-    ) -> torch.Tensor:
-        x = plain("activations", activations)
-        if gradients is not None:
-            updated = new_like(gradients).copy_(gradients)
-            update(reg, x, plain("gradients", updated), float(scale))
-            return updated
-        gradient = new_like(x)
-        with stream_of(x):
-            if x.nbytes < FROM_BYTES:
-                reg.apply(view(x), view(gradient.zero_()), scale=float(scale))
-            else:
-                reg.penalty_and_gradient(view(x), view(gradient), scale=float(scale))
-        return gradient
+    forward = staticmethod(new_gradient)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -209,8 +219,8 @@ class _Gradient(_Regularizing):
 
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
-        _, pull_back = torch.func.vjp(_expression(_Gradient.kept(ctx)), *ctx.saved_tensors)
-        return None, *pull_back(incoming), incoming if ctx.adds else None
+        found = pull_back_of_gradient(_Gradient.kept(ctx), ctx.saved_tensors, incoming)
+        return None, *found, incoming if ctx.adds else None
 
     @staticmethod
     def jvp(ctx: Any, _: None, *given: Any) -> torch.Tensor:
@@ -264,6 +274,16 @@ class _AddsOnBackward(_Regularizing):
 
 
 # The gradient as operations of PyTorch, which can differentiate it.
+
+
+def pull_back_of_gradient(
+    reg: ActivityRegularization, at: Sequence[torch.Tensor], incoming: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return the derivatives by activations and scale of the gradient, times ``incoming``."""
+    _, pull_back = torch.func.vjp(_expression(reg), *at)
+    found: tuple[torch.Tensor, ...] = pull_back(incoming)
+    return found
+
 
 sqrt.register(torch.Tensor, torch.sqrt)
 

@@ -15,14 +15,17 @@ from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import array_type_of, usable
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.huge_pages import FROM_BYTES, ask_for_huge_pages
+from actreg_dispatch.torch.internals import is_wrapped, plain_class
 
 __all__ = [
     "DTYPES",
     "as_tensor",
+    "check_and_update",
     "check_tensor",
     "compute_dtype_of",
     "new_like",
     "pair",
+    "penalty_and_new_gradient",
     "plain",
     "stream_of",
     "update",
@@ -41,13 +44,42 @@ _PLAIN_CLASSES = (torch.Tensor, torch.nn.Parameter)
 
 
 def update(
-    reg: ActivityRegularization, x: torch.Tensor, g: torch.Tensor, scale: float
+    reg: ActivityRegularization,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    overwrite: bool = False,
 ) -> torch.Tensor:
-    """Do ``reg.apply`` for plain tensors of one dtype and device, and tell autograd."""
+    """Do ``reg.apply``, or write the gradient over ``g``, for plain tensors; tell autograd."""
     with stream_of(x):
-        value = as_tensor(reg.apply(view(x), view(g), scale=scale), x)
+        if overwrite:
+            found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale)
+        else:
+            found = reg.apply(view(x), view(g), scale=scale)
+        value = as_tensor(found, x)
     torch.autograd.graph.increment_version(g)
     return value
+
+
+def check_and_update(
+    reg: ActivityRegularization,
+    activations: Any,
+    gradients: Any,
+    scale: float,
+    overwrite: bool = False,
+) -> torch.Tensor:
+    """Do :func:`update` for tensors of any kind, or raise."""
+    x, g = pair(activations, gradients, "out" if overwrite else "gradients")
+    return update(reg, x, g, scale, overwrite)
+
+
+def penalty_and_new_gradient(
+    reg: ActivityRegularization, activations: Any, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both for a tensor of any kind, or raise."""
+    x = plain("activations", activations)
+    gradient = new_like(x).zero_()
+    return update(reg, x, gradient, scale), gradient
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -113,8 +145,7 @@ def plain(name: str, tensor: Any) -> torch.Tensor:
                 f"{name} are a {type(tensor).__module__}.{type(tensor).__qualname__}, a subclass "
                 f"that keeps its values elsewhere, if anywhere; pass a plain tensor"
             )
-        with torch._C.DisableTorchFunctionSubclass():
-            tensor = tensor.as_subclass(torch.Tensor)
+        tensor = plain_class(tensor)
     if tensor.dtype not in DTYPES:
         if tensor.dtype == torch.bfloat16:
             DTYPES[torch.bfloat16] = _bfloat16(name)
@@ -123,9 +154,12 @@ def plain(name: str, tensor: Any) -> torch.Tensor:
                 f"{name} have dtype {tensor.dtype}; convert them to float32 or float64, "
                 f"for example with {name}.to(torch.float32)"
             )
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(f"{name} are not dense but {layout}; pass a dense tensor, see to_dense()")
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        raise _without_memory(name, tensor) from None
+    if tensor.is_nested:
+        raise TypeError(f"{name} are nested; pass a dense tensor, see to_dense()")
     if not (tensor.is_cpu or tensor.is_cuda):
         raise TypeError(
             f"{name} are on {tensor.device}, whose memory no backend knows; "
@@ -133,19 +167,9 @@ def plain(name: str, tensor: Any) -> torch.Tensor:
         )
     if tensor.is_neg():
         raise TypeError(f"{name} are negated lazily; pass {name}.resolve_neg()")
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise TypeError(
-            f"{name} are inside a transform of torch.func, where memory cannot be written; use "
-            f"actreg_dispatch.torch.penalty there, or call this outside"
-        )
     reach = _reach(tensor)
-    if reach and (
-        not tensor.data_ptr() or tensor.untyped_storage().nbytes() < reach * tensor.itemsize
-    ):
-        raise ValueError(
-            f"{name} have no memory, or less than their shape takes, as where a storage was freed; "
-            f"pass {name}.clone() of a tensor that holds its values"
-        )
+    if reach and (not address or tensor.untyped_storage().nbytes() < reach * tensor.itemsize):
+        raise _without_memory(name, tensor)
     plain: torch.Tensor = tensor.detach()
     if type(plain) not in _PLAIN_CLASSES:
         raise TypeError(
@@ -155,11 +179,29 @@ def plain(name: str, tensor: Any) -> torch.Tensor:
     return plain
 
 
+def _without_memory(name: str, tensor: torch.Tensor) -> Exception:
+    """Return the error that says why a tensor has no memory of its own."""
+    if tensor.layout is not torch.strided:
+        return TypeError(
+            f"{name} are not dense but {tensor.layout}; pass a dense tensor, see to_dense()"
+        )
+    if is_wrapped(tensor):
+        return TypeError(
+            f"{name} are inside a transform of torch.func, where memory cannot be written; use "
+            f"actreg_dispatch.torch.penalty there, or call this outside"
+        )
+    return ValueError(
+        f"{name} have no memory, or less than their shape takes, as where a storage was freed; "
+        f"pass {name}.clone() of a tensor that holds its values"
+    )
+
+
 def _reach(tensor: torch.Tensor) -> int:
     """Return how many elements of its storage a tensor needs."""
-    size, offset = int(tensor.numel()), int(tensor.storage_offset())
+    size: int = tensor.numel()
     if not size:
         return 0
+    offset: int = tensor.storage_offset()
     if tensor.is_contiguous():
         return offset + size
     steps = zip(tensor.shape, tensor.stride(), strict=True)
