@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,11 @@ def test_links_lead_to_files(page):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_an_example_of_the_documents_runs(block, tmp_path, monkeypatch, python):
-    for library in ("jax", "torch"):  # which are not installed for the tests
-        if re.search(rf"^import {library}\b", block, re.MULTILINE):
-            pytest.importorskip(library)
-    if "__main__" in block:  # of several processes
+    for library in ("jax", "keras", "torch"):  # which are not installed for the tests
+        used = re.search(rf"^import {library}\b|KERAS_.*{library}", block, re.MULTILINE)
+        if used and not find_spec(library):
+            pytest.skip(f"{library} is missing")
+    if "__main__" in block or "KERAS_BACKEND" in block:  # of several processes, or its own
         (tmp_path / "example.py").write_text(block, encoding="utf-8")
         python(str(tmp_path / "example.py"))
         return
