@@ -120,7 +120,7 @@ class ActivityRegularizationLayer(keras.layers.Layer):
         else:
             missing = (None,) * (inputs.ndim - mask.ndim)
             weights = keras.ops.cast(mask, "bool")[(..., *missing)]
-            penalty = self.reg.penalty(inputs, weights=weights)  # type: ignore[call-arg]
+            penalty = self.reg.penalty(inputs, weights=weights)
         self.add_loss(penalty)
         return inputs
 
@@ -151,11 +151,11 @@ def _check(reg: Any) -> None:
 
 def _config(reg: ActivityRegularization) -> dict[str, Any]:
     lam, norm, epsilon, reduction, backend = reg.options
-    return {
+    return {  # without tuples, which JSON does not have
         "norm": norm.name,
-        "lam": list(lam) if len(lam) > 1 else lam[0],  # JSON has no tuples
+        "lam": list(lam) if len(lam) > 1 else lam[0],
         "epsilon": epsilon,
-        "reduction": reduction,
+        "reduction": list(reduction) if isinstance(reduction, tuple) else reduction,
         "backend": backend,
     }
 
@@ -164,4 +164,7 @@ def _regularization(config: dict[str, Any]) -> ActivityRegularization:
     for name in ("norm", "lam"):
         if name not in config:
             raise ValueError(f"config={config!r} has no {name!r}; pass what get_config returned")
-    return ActivityRegularization(**config)
+    reduction = config.get("reduction", "sum")
+    if isinstance(reduction, list):
+        reduction = tuple(reduction)
+    return ActivityRegularization(**{**config, "reduction": reduction})

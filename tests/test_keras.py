@@ -123,7 +123,7 @@ found["warm-up"] = trained(model, x, y, epochs=3, rate=0.0, callbacks=[WarmUp()]
 
 layers = [
     ActivityRegularizationLayer(Reg.l2(0.3, epsilon=1e-3, backend="numpy"), name="l2"),
-    ActivityRegularizationLayer(Reg.hoyer(0.4), name="hoyer", dtype="float64"),
+    ActivityRegularizationLayer(Reg.hoyer(0.4, reduction=(0, 1)), name="hoyer", dtype="float64"),
 ]
 model = model_of(ActivityRegularizer(Reg.l1_l2(0.1, 0.2, reduction="mean")), *layers)
 before = trained(model, x, y)[1]
@@ -206,7 +206,7 @@ def test_a_saved_model_has_its_regularizations_when_it_is_loaded(found):
     assert loaded["regs"] == [
         "ActivityRegularization((0.1, 0.2), 'l1_l2_squared', reduction='mean')",
         "ActivityRegularization(0.3, 'l2', epsilon=0.001, backend='numpy')",
-        "ActivityRegularization(0.5, 'hoyer')",
+        "ActivityRegularization(0.5, 'hoyer', reduction=(0, 1))",
     ]
     assert loaded["dtypes"] == ["float32", "float64"]
     before, saved, again = loaded["losses"]
@@ -313,7 +313,7 @@ print(json.dumps([np.nan_to_num(table).tolist(), found, run]))
 )
 
 
-@pytest.mark.xfail(strict=True, reason="penalty does not take weights yet")
+@pytest.mark.xfail(strict=True, reason="the penalty of tensors does not take weights yet")
 @pytest.mark.parametrize("keras_backend", BACKENDS)
 def test_what_is_masked_is_left_out(python, keras_backend):
     table, found, (losses, evaluated, weights) = json.loads(
