@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import pickle
+import re
 import shutil
 import sys
 import types
@@ -22,6 +23,7 @@ import pytest
 
 import actreg_dispatch
 from actreg_dispatch import (
+    ActivationStatistics,
     ActivityNorm,
     ActivityRegularization,
     BackendUnavailableError,
@@ -1392,3 +1394,87 @@ def test_layers_of_which_one_is_wrong_are_all_left_alone():
         assert not gradients[0].any()
     with pytest.raises(MixedArraysError, match=r"activations\[1\] are a torch.Tensor among"):
         reg.apply_all([np.ones(3), tensor], [np.zeros(3), torch.zeros(3)])
+
+
+# Weights and statistics.
+
+
+@norms
+@dtypes
+def test_weights_give_the_bits_that_they_give_arrays(norm, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(6, 50).to(dtype)
+    for weights in (torch.rand(50).to(dtype), torch.rand(6, 1) > 0.5, torch.tensor(2.0).to(dtype)):
+        reg = ActivityRegularization(0.3, norm, reduction="batch")
+        arrays = [memory.view(memory.plain("it", each, masks=True)) for each in (x, weights)]
+        expected = reg.penalty_and_gradient(arrays[0], weights=arrays[1])
+        leaf, g = x.clone().requires_grad_(), torch.zeros_like(x)
+        loss = reg.penalty(leaf, weights=weights)
+        loss.backward()
+        assert loss.item() == expected[0] == reg.apply(x, g, weights=weights).item()
+        out = torch.ones_like(x)
+        assert reg.penalty_and_gradient(x, out, weights=weights)[0] == loss
+        again, pieces = reg.penalty_and_gradient(x, weights=weights)[1], torch.zeros_like(x)
+        total = reg.partial_sum(x, weights=weights)
+        count = int(weights.sum()) if weights.dtype == torch.bool else 6
+        reg.add_gradient(x, pieces, total, count=count, weights=weights)
+        (layer,) = reg.apply_all([x], [every := torch.zeros_like(x)], weights=[weights]).layers
+        assert layer == loss
+        for found in (leaf.grad, g, out, again, pieces, every):
+            assert memory.view(found).tobytes() == expected[1].tobytes()
+
+
+@norms
+def test_weights_have_gradients_of_their_own(norm):
+    torch.manual_seed(0)
+    reg = ActivityRegularization(0.3, norm, reduction="mean")
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    for shape in ((6, 5), (5,), (6, 1)):
+        w = (torch.rand(shape, dtype=torch.float64) + 0.1).requires_grad_()
+        assert gradcheck(lambda x, w: reg.penalty(x, weights=w), (x, w))
+    w = torch.tensor([2.0, 0.0], requires_grad=True)
+    (2 * reg.penalty(torch.tensor([1.0, math.nan]), weights=w)).backward()
+    assert w.grad[0] >= 0
+    assert w.grad[1] == 0
+    reg.penalty(torch.zeros(2), weights=w).backward()
+
+
+def test_weights_have_first_derivatives_only_and_no_transforms():
+    reg, x, w = ActivityRegularization(0.3), torch.ones(3, requires_grad=True), torch.ones(3)
+    with pytest.raises(NotImplementedError, match="no second derivatives; differentiate it with"):
+        torch.autograd.grad(reg.penalty(x, weights=w), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"weights and statistics .* outside of them"):
+        torch.func.grad(lambda x: reg.penalty(x, weights=w))(x.detach())
+
+
+def test_weights_are_tensors_where_the_activations_are():
+    reg, x, g = ActivityRegularization(0.3), torch.ones(3), torch.zeros(3)
+    for weights, error, message in (
+        (np.ones(3, np.float32), MixedArraysError, "weights are a numpy.ndarray, not a torch"),
+        (torch.ones(3, dtype=torch.int32), TypeError, "weights have dtype torch.int32; convert"),
+        (torch.ones(4), ValueError, "weights have shape"),
+        (-torch.ones(3), ValueError, "weights have -1.0 at"),
+        (g, ValueError, "weights share memory with the gradients"),
+    ):
+        with pytest.raises(error, match=re.escape(message)):
+            reg.apply(x, g, weights=weights)
+    with pytest.raises(TypeError, match=r"activations have dtype torch\.bool"):
+        reg.penalty(torch.ones(3, dtype=torch.bool))
+    assert not g.any()
+
+
+def test_tensors_are_counted():
+    statistics = ActivationStatistics(per_feature=True)
+    reg, x = ActivityRegularization(0.3), torch.tensor([[1.0, 0.0], [-3.0, 0.0]])
+    leaf = x.clone().requires_grad_()
+    assert reg.penalty(leaf, statistics=statistics).requires_grad
+    reg.apply(x, torch.zeros_like(x), statistics=statistics)
+    reg.apply_all([x], [torch.zeros_like(x)], statistics=statistics)
+    assert (statistics.elements, statistics.nonzero, statistics.largest) == (12, 6, 3.0)
+    assert statistics.active.tolist() == [6, 0]
+
+
+def test_compiled_code_breaks_its_graph_at_weights():
+    reg, w = ActivityRegularization(0.3, "l2"), torch.tensor([1.0, 0.5, 0.0])
+    compiled = torch.compile(lambda x: reg.penalty(x + 1, weights=w), backend="eager")
+    assert compiled(torch.ones(3)) == reg.penalty(torch.full((3,), 2.0), weights=w)

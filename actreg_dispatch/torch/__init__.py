@@ -25,6 +25,7 @@ import torch
 from actreg_dispatch.layers import Penalties
 from actreg_dispatch.options import check_scale
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.exact import Total
 from actreg_dispatch.torch import operators
 from actreg_dispatch.torch.autograd import (
@@ -32,12 +33,14 @@ from actreg_dispatch.torch.autograd import (
     pass_through,
     penalty_value,
     transformed_penalty,
+    weighted_penalty,
 )
 from actreg_dispatch.torch.internals import transformed
 from actreg_dispatch.torch.memory import (
     as_tensor,
     check_and_update,
     check_tensor,
+    given_for,
     pair,
     penalty_and_new_gradient,
     plain,
@@ -69,7 +72,13 @@ _untraced = torch.compiler.disable
 # What the methods of ActivityRegularization call.
 
 
-def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+def penalty(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    *,
+    weights: torch.Tensor | None = None,
+    statistics: ActivationStatistics | None = None,
+) -> torch.Tensor:
     r"""Return the penalty of ``activations``, differentiably.
 
     ``reg.penalty(activations)`` is the same function; see
@@ -81,6 +90,12 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
         Norm and strength. λ is that of this call, even if it is assigned before ``backward``.
     activations : torch.Tensor
         Of a supported dtype (see the module), any shape and strides; may be empty.
+    weights : torch.Tensor, optional
+        As for :meth:`ActivityRegularization.penalty`, on the device of the activations. Floating
+        weights may require grad: their gradient is PyTorch's arithmetic in float64. An element of
+        weight 0 is left out, and its weight has the gradient 0.
+    statistics : ActivationStatistics, optional
+        As for :meth:`ActivityRegularization.penalty`.
 
     Returns
     -------
@@ -109,7 +124,8 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
     ``torch.compile`` and ``torch.export`` put the penalty into their graphs as one operator. λ is
     an input of compiled code, so that assigning it compiles nothing anew; an exported program keeps
     that of its time. Such graphs hold the gradient, and no transforms of ``torch.func``, for which
-    ``torch.compile`` breaks them.
+    ``torch.compile`` breaks them. It also breaks them where there are weights or statistics; with
+    these there are first derivatives only, and no transforms.
 
     Examples
     --------
@@ -122,6 +138,8 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
     """
     check_regularization(reg)
     check_tensor("activations", activations)
+    if not (weights is None is statistics):
+        return _untraced(weighted_penalty)(reg, activations, weights, statistics)
     if transformed():
         return _untraced(transformed_penalty)(reg, activations)
     if torch.compiler.is_compiling():
@@ -130,11 +148,14 @@ def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Ten
 
 
 @_untraced
-def partial_sum(reg: ActivityRegularization, activations: torch.Tensor) -> Total:
+def partial_sum(
+    reg: ActivityRegularization, activations: torch.Tensor, *, weights: torch.Tensor | None = None
+) -> Total:
     """Do :meth:`ActivityRegularization.partial_sum`; waits for a device."""
     x = plain("activations", activations)
+    given = given_for(x, weights)
     with stream_of(x):
-        return reg.partial_sum(view(x))
+        return reg.partial_sum(view(x), **given)
 
 
 def apply(
@@ -143,8 +164,13 @@ def apply(
     gradients: torch.Tensor,
     *,
     scale: float = 1.0,
+    weights: torch.Tensor | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> torch.Tensor:
     """Do :meth:`ActivityRegularization.apply`; the penalty does not require grad."""
+    if not (weights is None is statistics):
+        given = activations, gradients, scale, False, weights, statistics
+        return _untraced(check_and_update)(reg, *given)
     found: torch.Tensor = _called(
         check_and_update, operators.update, reg, activations, gradients, scale
     )
@@ -159,6 +185,8 @@ def apply_all(
     gradients: tuple[torch.Tensor, ...],
     *,
     scale: float = 1.0,
+    weights: tuple[torch.Tensor | None, ...] | None = None,
+    statistics: ActivationStatistics | None = None,
 ) -> Penalties:
     """Do :meth:`ActivityRegularization.apply_all`; the layers are on one device."""
     pairs = [
@@ -171,10 +199,20 @@ def apply_all(
             f"activations are on several devices ({', '.join(sorted(map(str, devices)))}); "
             f"call apply_all for each"
         )
+    given: dict[str, Any] = {} if statistics is None else {"statistics": statistics}
+    if weights is not None:
+        given["weights"] = {
+            label: given_for(x, w)["weights"]
+            for label, (x, _), w in zip(labels, pairs, weights, strict=True)
+            if w is not None
+        }
     xs, gs = ([view(tensor) for tensor in tensors] for tensors in zip(*pairs, strict=True))
     with stream_of(pairs[0][0]):
         total, layers = reg.apply_all(
-            dict(zip(labels, xs, strict=True)), dict(zip(labels, gs, strict=True)), scale=scale
+            dict(zip(labels, xs, strict=True)),
+            dict(zip(labels, gs, strict=True)),
+            scale=scale,
+            **given,
         )
         values = [as_tensor(layers[label], x) for label, (x, _) in zip(labels, pairs, strict=True)]
         widest, _ = max(pairs, key=lambda pair: pair[0].dtype == torch.float64)
@@ -190,8 +228,14 @@ def penalty_and_gradient(
     out: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do :meth:`ActivityRegularization.penalty_and_gradient`; neither result requires grad."""
+    if weights is not None:
+        if out is None:
+            create = _untraced(penalty_and_new_gradient)
+            return create(reg, activations, scale, weights)  # type: ignore[no-any-return]
+        return _untraced(check_and_update)(reg, activations, out, scale, True, weights), out
     if out is None:
         found: tuple[torch.Tensor, torch.Tensor] = _called(
             penalty_and_new_gradient, operators.penalty_and_new_gradient, reg, activations, scale
@@ -210,11 +254,13 @@ def add_gradient(
     *,
     count: int | None = None,
     scale: float = 1.0,
+    weights: torch.Tensor | None = None,
 ) -> None:
     """Do :meth:`ActivityRegularization.add_gradient`."""
     x, g = pair(activations, gradients)
+    given = given_for(x, weights)
     with stream_of(x):
-        reg.add_gradient(view(x), view(g), total, count=count, scale=scale)
+        reg.add_gradient(view(x), view(g), total, count=count, scale=scale, **given)
     torch.autograd.graph.increment_version(g)
 
 

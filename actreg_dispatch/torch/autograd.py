@@ -16,11 +16,15 @@ from actreg_dispatch.norms import signed_by_type, sqrt
 from actreg_dispatch.options import constants_of, count_of
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.huge_pages import FROM_BYTES
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.torch.internals import forward_modes, transformed
 from actreg_dispatch.torch.memory import (
     DTYPES,
     as_tensor,
+    check_and_update,
+    check_tensor,
     compute_dtype_of,
+    given_for,
     new_like,
     plain,
     stream_of,
@@ -35,14 +39,21 @@ __all__ = [
     "penalty_value",
     "pull_back_of_gradient",
     "transformed_penalty",
+    "weighted_penalty",
 ]
 
 
-def penalty_value(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+def penalty_value(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    statistics: ActivationStatistics | None = None,
+) -> torch.Tensor:
     """Return the penalty without a graph."""
     x = plain("activations", activations)
+    given = {} if weights is None is statistics else given_for(x, weights, statistics)
     with stream_of(x):
-        return as_tensor(reg.penalty(view(x)), x)
+        return as_tensor(reg.penalty(view(x), **given), x)
 
 
 def new_gradient(
@@ -74,6 +85,26 @@ def differentiable_penalty(reg: ActivityRegularization, activations: torch.Tenso
         function = _without_signature(_Penalty)
     found: torch.Tensor = function(reg, activations)
     return found
+
+
+def weighted_penalty(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    weights: torch.Tensor | None,
+    statistics: ActivationStatistics | None,
+) -> torch.Tensor:
+    """Return the penalty, which requires grad if the activations or the weights do."""
+    if transformed():
+        raise NotImplementedError(
+            "weights and statistics cannot be used inside transforms of torch.func; "
+            "call penalty outside of them, or without"
+        )
+    if weights is not None:
+        check_tensor("weights", weights)
+    if _recorded(activations, weights):
+        found: torch.Tensor = _WeightedPenalty.apply(reg, activations, weights, statistics)
+        return found
+    return penalty_value(reg, activations, weights, statistics)
 
 
 def transformed_penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
@@ -204,6 +235,50 @@ class _PenaltyOfFew(torch.autograd.Function):
 
 
 _penalty_of_few = _without_signature(_PenaltyOfFew)
+
+
+class _WeightedPenalty(_Regularizing):
+    """The penalty of activations that have weights, or are counted; not for transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, reg: ActivityRegularization, *given: Any) -> torch.Tensor:
+        activations, weights, _ = given
+        ctx.reg, ctx.options = reg, reg.options
+        ctx.save_for_backward(activations, weights)
+        return penalty_value(reg, *given)
+
+    @staticmethod
+    def backward(ctx: Any, incoming: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "a penalty with weights or statistics has no second derivatives; differentiate it "
+                "without create_graph, or multiply the penalty of parts by their weights"
+            )
+        activations, weights = ctx.saved_tensors
+        reg, scale, gradient, along_weights = _Regularizing.kept(ctx), float(incoming), None, None
+        if ctx.needs_input_grad[1]:
+            gradient = torch.zeros_like(activations)
+            check_and_update(reg, activations, gradient, scale, weights=weights)
+        if ctx.needs_input_grad[2]:
+            along_weights = _gradient_along_weights(reg, activations, weights) * scale
+        return None, gradient, along_weights, None
+
+
+def _gradient_along_weights(
+    reg: ActivityRegularization, activations: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Return the derivative of the penalty by the weights, in PyTorch's arithmetic in binary64."""
+    options, counted = reg.options, count_of(reg.reduction, activations.shape)
+    with torch.enable_grad():
+        w = weights.detach().double().requires_grad_()
+        magnitudes = torch.where(w != 0, activations.detach().double().abs(), 0.0)
+        sums = tuple((w * magnitudes**degree).sum() for degree in options.norm.terms)
+        lam = tuple(each / counted for each in options.lam)
+        penalty, *_ = options.norm.evaluate(sums, lam, lam, 0.0, lambda value: value)
+        if not isinstance(penalty, torch.Tensor):  # of activations that are all 0
+            return torch.zeros_like(weights)
+        (found,) = torch.autograd.grad(penalty, w)
+    return found.to(weights.dtype)
 
 
 class _Gradient(_Regularizing):

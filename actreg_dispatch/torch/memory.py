@@ -23,6 +23,7 @@ __all__ = [
     "check_and_update",
     "check_tensor",
     "compute_dtype_of",
+    "given_for",
     "new_like",
     "pair",
     "penalty_and_new_gradient",
@@ -49,13 +50,17 @@ def update(
     g: torch.Tensor,
     scale: float,
     overwrite: bool = False,
+    **given: Any,
 ) -> torch.Tensor:
-    """Do ``reg.apply``, or write the gradient over ``g``, for plain tensors; tell autograd."""
+    """Do ``reg.apply``, or write the gradient over ``g``, for plain tensors; tell autograd.
+
+    What is ``given`` goes to the method as it is: weights, an array, and statistics.
+    """
     with stream_of(x):
         if overwrite:
-            found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale)
+            found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale, **given)
         else:
-            found = reg.apply(view(x), view(g), scale=scale)
+            found = reg.apply(view(x), view(g), scale=scale, **given)
         value = as_tensor(found, x)
     torch.autograd.graph.increment_version(g)
     return value
@@ -67,19 +72,36 @@ def check_and_update(
     gradients: Any,
     scale: float,
     overwrite: bool = False,
+    weights: Any = None,
+    statistics: Any = None,
 ) -> torch.Tensor:
     """Do :func:`update` for tensors of any kind, or raise."""
     x, g = pair(activations, gradients, "out" if overwrite else "gradients")
-    return update(reg, x, g, scale, overwrite)
+    return update(reg, x, g, scale, overwrite, **given_for(x, weights, statistics))
 
 
 def penalty_and_new_gradient(
-    reg: ActivityRegularization, activations: Any, scale: float
+    reg: ActivityRegularization, activations: Any, scale: float, weights: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both for a tensor of any kind, or raise."""
     x = plain("activations", activations)
+    given = given_for(x, weights)
     gradient = new_like(x).zero_()
-    return update(reg, x, gradient, scale), gradient
+    return update(reg, x, gradient, scale, **given), gradient
+
+
+def given_for(x: torch.Tensor, weights: Any, statistics: Any = None) -> dict[str, Any]:
+    """Return weights, as an array, and statistics, if there are any, as arguments."""
+    given = {} if statistics is None else {"statistics": statistics}
+    if weights is not None:
+        w = plain("weights", weights, masks=True)
+        if w.device != x.device:
+            raise ValueError(
+                f"weights are on {w.device} but activations on {x.device}; "
+                f"move one of them, no data is moved unasked"
+            )
+        given["weights"] = view(w)
+    return given
 
 
 def check_tensor(name: str, tensor: Any) -> None:
@@ -132,8 +154,8 @@ def new_like(like: torch.Tensor) -> torch.Tensor:
     return new
 
 
-def plain(name: str, tensor: Any) -> torch.Tensor:
-    """Return a tensor of PyTorch's own class on the memory of ``tensor``, or raise.
+def plain(name: str, tensor: Any, *, masks: bool = False) -> torch.Tensor:
+    """Return a tensor of PyTorch's own class on the memory of ``tensor``, maybe a mask, or raise.
 
     What PyTorch computes lazily, or keeps elsewhere, looks much like a tensor and has no memory,
     or other memory than its values are read from.
@@ -146,7 +168,7 @@ def plain(name: str, tensor: Any) -> torch.Tensor:
                 f"that keeps its values elsewhere, if anywhere; pass a plain tensor"
             )
         tensor = plain_class(tensor)
-    if tensor.dtype not in DTYPES:
+    if tensor.dtype not in DTYPES and not (masks and tensor.dtype == torch.bool):
         if tensor.dtype == torch.bfloat16:
             DTYPES[torch.bfloat16] = _bfloat16(name)
         else:
@@ -230,7 +252,7 @@ def _bfloat16(name: str) -> np.dtype[Any]:
 
 def _device_view(tensor: torch.Tensor) -> Any:
     """Return a tensor on a CUDA device as a CuPy array that keeps it alive."""
-    cupy, dtype = sys.modules["cupy"], DTYPES[tensor.dtype]
+    cupy, dtype = sys.modules["cupy"], DTYPES.get(tensor.dtype, np.dtype(bool))
     size, index = _reach(tensor) - tensor.storage_offset(), tensor.device.index
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), size * dtype.itemsize, tensor, index)
     strides = tuple(stride * dtype.itemsize for stride in tensor.stride())
