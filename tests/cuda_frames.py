@@ -110,16 +110,17 @@ def compiled(source, architecture):
     return nvrtc.getPTX(program).decode()
 
 
-def source_of(kernels):
+def source_of(kernels, weight="T"):
     """Return a program with the kernels of each dtype, in namespaces of dtype and name.
 
-    Kernels for strided arrays are there, too, where there are any.
+    Kernels for strided arrays are there, too, where there are any. Weights are of type ``weight``.
     """
     headers = ["complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h", "float16.cuh"]
     headers += ["bfloat16.cuh"] if "bfloat16" in kernels else []
     source = "".join(f"#include <cupy/{header}>\n" for header in headers) + PREAMBLE
     for dtype, named in kernels.items():
         source += f"namespace of_{dtype} {{\ntypedef {dtype} T;\ntypedef {COMPUTE[dtype]} C;\n"
+        source += f"typedef {weight} W;\n"
         for name, kernel in named.items():
             assert kernel.preamble.startswith(PREAMBLE)
             own = kernel.preamble.removeprefix(PREAMBLE)

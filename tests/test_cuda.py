@@ -72,7 +72,7 @@ def test_the_device_of_the_arrays_is_entered(cupy, monkeypatch, norm, operation,
     monkeypatch.setattr(cuda, "launch", launched)
     monkeypatch.setattr(cuda, "CERTIFIED_FROM", 3 if certified else 4)
     kernels = kernels_of(norm)._replace(certify=launched, finish=launched)
-    monkeypatch.setattr(cuda, "kernels_of", lambda norm: kernels)
+    monkeypatch.setattr(cuda, "kernels_of", lambda norm, **_: kernels)
     constants = Constants((0.5,) * norm.n_lams, (0.5,) * norm.n_lams, 0.0)
     options = {
         "apply": (array, norm, constants),

@@ -7,6 +7,9 @@ So the bits depend neither on the order of the additions nor on the size of the 
 are summed exactly from the first, which saves two launches. A norm of two passes needs its
 coefficients before the gradient, so its sums come first, and one more launch updates. The layers of
 a model take as many launches together as one array.
+
+With weights a call takes as many launches, of kernels of their own. Only the device can tell a
+weight that is negative, infinite or NaN: it makes the sums NaN.
 """
 
 from __future__ import annotations
@@ -48,20 +51,29 @@ class CudaBackend(Backend):
         if reason:
             self.unavailable_because = f"CuPy {cupy.__version__} is installed but {reason}"
 
-    def partial_sum(self, activations: cupy.ndarray, norm: Norm) -> Total:
+    def partial_sum(
+        self, activations: cupy.ndarray, norm: Norm, weights: cupy.ndarray | None = None
+    ) -> Total:
         """Return the sum, or both, that the norm takes, exactly; waits for the device."""
         dtype = COMPUTE_DTYPES[activations.dtype]
+        kernels = kernels_of(norm, weighted=weights is not None)
         with activations.device:
             words = _words(norm)
-            launch(kernels_of(norm), "sum", words, arrays=(activations,))
+            launch(kernels, "sum", words, arrays=(activations,), weights=weights)
             rows = words.get().reshape(-1, COUNTERS)
         return total_of(
             [sum_of_words(row, degree, dtype) for row, degree in zip(rows, norm.terms, strict=True)]
         )
 
-    def penalty(self, activations: cupy.ndarray, norm: Norm, constants: Constants) -> cupy.ndarray:
+    def penalty(
+        self,
+        activations: cupy.ndarray,
+        norm: Norm,
+        constants: Constants,
+        weights: cupy.ndarray | None = None,
+    ) -> cupy.ndarray:
         """Return the penalty, a 0-d array on the device of ``activations``."""
-        return self._summed(activations, None, norm, constants)[0]
+        return self._summed(activations, None, norm, constants, weights)[0]
 
     def apply(
         self,
@@ -69,13 +81,15 @@ class CudaBackend(Backend):
         gradients: cupy.ndarray,
         norm: Norm,
         constants: Constants,
+        weights: cupy.ndarray | None = None,
     ) -> cupy.ndarray:
         """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
-        results = self._summed(activations, gradients, norm, constants)
+        results = self._summed(activations, gradients, norm, constants, weights)
         if norm.two_pass:
+            kernels, both = kernels_of(norm, weighted=weights is not None), (activations, gradients)
             with activations.device:
                 known = *constants.gradient_lam, *results[1:]
-                launch(kernels_of(norm), "update", *known, arrays=(activations, gradients))
+                launch(kernels, "update", *known, arrays=both, weights=weights)
         return results[0]
 
     def _summed(
@@ -84,9 +98,10 @@ class CudaBackend(Backend):
         gradients: cupy.ndarray | None,
         norm: Norm,
         constants: Constants,
+        weights: cupy.ndarray | None,
     ) -> list[cupy.ndarray]:
         """Return the results; update any gradients if the norm takes one pass."""
-        kernels, numbers = kernels_of(norm), _flat(constants)
+        kernels, numbers = kernels_of(norm, weighted=weights is not None), _flat(constants)
         lam: tuple[float, ...] = ()
         what, arrays = "sum", [x]
         if gradients is not None and not norm.two_pass:
@@ -94,13 +109,14 @@ class CudaBackend(Backend):
         with x.device:
             words, results = _words(norm), _results(norm, x.dtype)  # before any update
             if x.size < CERTIFIED_FROM:
-                launch(kernels, what, *lam, words, arrays=arrays)
+                launch(kernels, what, *lam, words, arrays=arrays, weights=weights)
             else:
                 blocks = blocks_for(x.size)
                 partials = _partials(norm, blocks)
-                launch(kernels, f"{what}_certified", *lam, partials, arrays=arrays)
+                fast = f"{what}_certified"
+                launch(kernels, fast, *lam, partials, arrays=arrays, weights=weights)
                 kernels.certify(partials, blocks, x.size, *numbers, words, *results, **_grid(1))
-                launch(kernels, "sum", words, arrays=(x,))
+                launch(kernels, "sum", words, arrays=(x,), weights=weights)
             kernels.finish(words, words, *numbers, *results)
             return results
 
@@ -111,6 +127,7 @@ class CudaBackend(Backend):
         norm: Norm,
         constants: Constants,
         coefficients: tuple[float, ...],
+        weights: cupy.ndarray | None = None,
     ) -> None:
         """Add the gradient to ``gradients`` in place."""
         compute = COMPUTE_DTYPES[activations.dtype]
@@ -118,8 +135,8 @@ class CudaBackend(Backend):
             # Of T already: CuPy's kernel would flush what a conversion makes subnormal.
             known = [cupy.full((), compute.type(value), compute) for value in coefficients]
             known += [cupy.ones((), bool)] * norm.two_pass  # that there is a gradient
-            lam, both = constants.gradient_lam, (activations, gradients)
-            launch(kernels_of(norm), "update", *lam, *known, arrays=both)
+            kernels, both = kernels_of(norm, weighted=weights is not None), (activations, gradients)
+            launch(kernels, "update", *constants.gradient_lam, *known, arrays=both, weights=weights)
 
     def apply_batch(
         self,
@@ -176,15 +193,26 @@ class CudaBackend(Backend):
             return list(results[0])
 
 
-def launch(kernels: Kernels, name: str, *known: Any, arrays: Sequence[cupy.ndarray]) -> None:
+def launch(
+    kernels: Kernels,
+    name: str,
+    *known: Any,
+    arrays: Sequence[cupy.ndarray],
+    weights: cupy.ndarray | None = None,
+) -> None:
     """Launch a pass over all elements of the activations, and the gradients if there are any."""
     count = arrays[0].size
     if count:
         blocks = blocks_for(count)
-        x, *gradients = collapse(*arrays)
-        dense = all(each.ndim == 1 and each.strides[0] == each.itemsize for each in (x, *gradients))
-        vectors = dense and _differ_by_vectors(x, *gradients)
-        kernel = _variant(kernels, name, vectors=vectors)
+        if weights is None:
+            x, *gradients = collapse(*arrays)
+            plain = all(
+                each.ndim == 1 and each.strides[0] == each.itemsize for each in (x, *gradients)
+            )
+            kernel = _variant(kernels, name, vectors=plain and _differ_by_vectors(x, *gradients))
+        else:
+            weights, x, *gradients = collapse(weights, *arrays)
+            kernel, known = getattr(kernels, name), (weights, *known)
         kernel(x, count, blocks * THREADS, *known, *gradients, **_grid(blocks))
 
 

@@ -68,6 +68,8 @@ __device__ inline float root(float x) {
 // Whether two numbers are equal, signs of zeros included; NaN is equal to nothing.
 __device__ inline bool same(double a, double b) { return a == b && signbit(a) == signbit(b); }
 template <typename C> __device__ inline bool greater(C a, C b) { return widen(a) > widen(b); }
+__device__ inline bool is_zero(double x) { return x == 0.0; }
+__device__ inline bool is_zero(float x) { return __float_as_uint(x) << 1 == 0; }
 
 // a with the sign of x, 0 where x is 0 or NaN. In formulas it is called signed, a keyword of C++.
 // lop3 with 0x6a is (x & sign) ^ a.

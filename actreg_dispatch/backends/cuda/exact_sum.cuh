@@ -33,6 +33,21 @@ __device__ __noinline__ void accumulate_number(double x, long long* words) {
     for (int piece = 0; piece < PIECES; ++piece) accumulate_piece(piece, x, words);
 }
 
+// A product of two integers below 2^53 is high() * 2^53 + low(), both below 2^53, too.
+struct product {
+    integer upper, lower;  // words of 64 bits
+
+    __device__ inline product(integer a, integer b) : upper(__umul64hi(a, b)), lower(a * b) {}
+    __device__ inline integer high() const { return upper << 11 | lower >> 53; }
+    __device__ inline integer low() const { return lower % (1ULL << 53); }
+};
+__device__ inline void accumulate_product(const product& p, int shift, long long* words) {
+    for (int piece = 0; piece < PIECES; ++piece) {
+        accumulate_piece(piece, p.low(), shift, words);
+        accumulate_piece(piece, p.high(), shift + 53, words);
+    }
+}
+
 // Add |x|^degree where x is infinite, NaN, or too large or small for what follows.
 __device__ __noinline__ void accumulate_outlier(double x, int degree, long long* words) {
     if (!isfinite(x)) {
@@ -41,11 +56,28 @@ __device__ __noinline__ void accumulate_outlier(double x, int degree, long long*
         accumulate_number(fabs(x), words);
     } else {
         const decoded d = decode(x);
-        const integer high = __umul64hi(d.m, d.m), low = d.m * d.m;
-        const int shift = 2 * (d.shift - 1074) - UNIT;
-        for (int piece = 0; piece < PIECES; ++piece) {
-            accumulate_piece(piece, low % (1ULL << 53), shift, words);
-            accumulate_piece(piece, high << 11 | low >> 53, shift + 53, words);
+        accumulate_product(product(d.m, d.m), 2 * (d.shift - 1074) - UNIT, words);
+    }
+}
+
+// A weight is finite and not negative, and one that is 0 is not added. Any other makes the sum NaN.
+__device__ inline bool is_weight(double w) { return w > 0.0 && isfinite(w); }
+
+// Add w |x|^degree where w is not a weight, or one of the two is as above.
+__device__ __noinline__ void accumulate_outlier(double x, double w, int degree, long long* words) {
+    if (!is_weight(w)) {
+        accumulate(words + NANS, 1);
+    } else if (!isfinite(x)) {
+        accumulate_outlier(x, degree, words);
+    } else {
+        const decoded d = decode(x), v = decode(w);
+        const int shift = degree * (d.shift - 1074) + (v.shift - 1074) - UNIT;
+        if (degree == 1) {
+            accumulate_product(product(d.m, v.m), shift, words);
+        } else {
+            const product square(d.m, d.m);
+            accumulate_product(product(square.low(), v.m), shift, words);
+            accumulate_product(product(square.high(), v.m), shift + 53, words);
         }
     }
 }
@@ -104,6 +136,56 @@ struct expansion {
             add(fma(x, x, -square), words);
         } else if (x != 0.0) {
             accumulate_outlier(x, 2, words);
+        }
+    }
+
+    // The same with weights that are not 0. A product that is rounded leaves an error, which fma
+    // tells, and which is a number too between the limits.
+
+    // Of two float32 the product is exact.
+    __device__ inline void add_absolute(float x, float w, long long* words) {
+        const double wide = widen(x), weight = widen(w), product = fabs(wide) * weight;
+        if (weight > 0.0 && isfinite(product)) {
+            add(product, words);
+        } else {
+            accumulate_outlier(wide, weight, 1, words);
+        }
+    }
+    // Of three it has 72 bits, and none below 2^-447.
+    __device__ inline void add_square(float x, float w, long long* words) {
+        const double wide = widen(x), weight = widen(w), square = wide * wide;
+        const double product = square * weight;
+        if (weight > 0.0 && isfinite(product)) {
+            add(product, words);
+            add(fma(square, weight, -product), words);
+        } else {
+            accumulate_outlier(wide, weight, 2, words);
+        }
+    }
+
+    // Add w |x|. The last of its 106 bits is above 2^-1067.
+    __device__ inline void add_absolute(double x, double w, long long* words) {
+        const double product = fabs(x) * w;
+        if (product >= 0x1p-960 && product < 0x1p960) {
+            add(product, words);
+            add(fma(fabs(x), w, -product), words);
+        } else if (x != 0.0 || !is_weight(w)) {
+            accumulate_outlier(x, w, 1, words);
+        }
+    }
+
+    // Add w x * x, which is that of the rounded square, and that of its error. The last bits of
+    // the error are above 2^-1067, of w times it above 2^-1060.
+    __device__ inline void add_square(double x, double w, long long* words) {
+        const double square = x * x, product = square * w;
+        if (square >= 0x1p-960 && product >= 0x1p-900 && product < 0x1p960) {
+            const double rest = fma(x, x, -square), product_of_rest = rest * w;
+            add(product, words);
+            add(fma(square, w, -product), words);
+            add(product_of_rest, words);
+            add(fma(rest, w, -product_of_rest), words);
+        } else if (x != 0.0 || !is_weight(w)) {
+            accumulate_outlier(x, w, 2, words);
         }
     }
 };

@@ -1,7 +1,8 @@
 """The CUDA kernels of a norm, made of its formulas when it is first used, and the grid they run on.
 
-There are two of each: for one array, and for the layers of a model, which a table on the device
-describes. They differ in where arrays, λ and sums are found, and in nothing else.
+There are three of most: for one array, for one with weights, and for the layers of a model, which a
+table on the device describes. The last differ in where arrays, λ and sums are found, and in nothing
+else.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Kernels(NamedTuple):
     """The kernels of a norm for one array, or for a batch; None where it takes no such one.
 
     A pass has the name of what it does. ``_certified`` sums within a bound, for the certificate to
-    judge; ``_vectors`` takes contiguous arrays, 16 bytes at a time.
+    judge; ``_vectors`` takes contiguous arrays without weights, 16 bytes at a time.
     """
 
     sum: Any
@@ -40,19 +41,24 @@ class Kernels(NamedTuple):
 
 
 @functools.cache
-def kernels_of(norm: Norm, *, batch: bool = False) -> Kernels:
+def kernels_of(norm: Norm, *, batch: bool = False, weighted: bool = False) -> Kernels:
     """Return the kernels of a norm, which CuPy compiles at their first launch for a dtype."""
     together = norm if batch else None
 
+    def kernel(what: str, kind: str, terms: tuple[int, ...], updated: Norm | None) -> Any:
+        if weighted and "vectors" in kind:
+            return None
+        return pass_kernel(what, kind, terms, updated, together, weighted=weighted)
+
     def total(kind: str = "") -> Any:
-        return pass_kernel("sum", kind, norm.terms, None, together)
+        return kernel("sum", kind, norm.terms, None)
 
     def apply(kind: str = "") -> Any:
-        return None if norm.two_pass else pass_kernel("apply", kind, norm.terms, norm, together)
+        return None if norm.two_pass else kernel("apply", kind, norm.terms, norm)
 
     def update(kind: str = "") -> Any:
         never = batch and not norm.two_pass
-        return None if never else pass_kernel("update", kind, (), norm, together)
+        return None if never else kernel("update", kind, (), norm)
 
     return Kernels(
         sum=total(),
@@ -63,8 +69,8 @@ def kernels_of(norm: Norm, *, batch: bool = False) -> Kernels:
         apply_certified_vectors=apply("certified_vectors"),
         update=update(),
         update_vectors=update("vectors"),
-        certify=certifying_kernel(norm, batch),
-        finish=finish_kernel(norm, batch),
+        certify=certifying_kernel(norm, batch, weighted),
+        finish=kernels_of(norm).finish if weighted else finish_kernel(norm, batch),
     )
 
 

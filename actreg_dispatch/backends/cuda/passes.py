@@ -6,6 +6,9 @@ that is computed in, and leaves a pair of numbers for each block. An exact sum (
 costs more, in binary64: every thread carries it as an expansion, several numbers that add up to it
 without a rounding error; the threads of a block add theirs up in a tree in shared memory, and the
 blocks in global memory, by atomic additions to the words of one long integer, a superaccumulator.
+
+A pass may have weights, which are read by their strides, never expanded, and of their own dtype. An
+element whose weight is 0 is left alone.
 """
 
 from __future__ import annotations
@@ -25,32 +28,33 @@ LOADS = 4  # by a thread of each array before it uses the first
 # The loops, and what one array and a batch have different before them.
 
 # ``start`` is the number of the thread, ``step`` that of all, ``count`` that of the elements;
-# ``use(x, g)`` does what is to be done with an element, and UPDATES says whether g changes. LOADS
-# are under way at once.
+# ``use(x, w, g)`` does what is to be done with an element, UPDATES says whether g changes, and
+# WEIGHTED whether there is a weight w. LOADS are under way at once.
 _GRID_STRIDE_LOOP = """
     for (ptrdiff_t first = start; first < count; first += LOADS * step) {
-        C value[LOADS], old[LOADS];
+        C value[LOADS], weight[LOADS], old[LOADS];
         #pragma unroll
         for (int k = 0; k < LOADS; ++k) {
             const ptrdiff_t j = first + k * step;
             if (j < count) {
                 value[k] = C(activations[j]);
+                if (WEIGHTED) weight[k] = C(weights[j]);
                 if (UPDATES) old[k] = C(gradients[j]);
             }
         }
         #pragma unroll
         for (int k = 0; k < LOADS; ++k) {
             const ptrdiff_t j = first + k * step;
-            if (j < count) {
-                use(value[k], old[k]);
+            if (j < count && !(WEIGHTED && is_zero(weight[k]))) {
+                use(value[k], weight[k], old[k]);
                 if (UPDATES) gradients[j] = T(old[k]);
             }
         }
         end_group();
     }"""
 
-# For contiguous arrays whose addresses differ by a multiple of 16 bytes. What comes before the
-# first such address and after the last is for the first threads.
+# For contiguous arrays without weights whose addresses differ by a multiple of 16 bytes. What comes
+# before the first such address and after the last is for the first threads.
 _VECTOR_LOOP = """
     constexpr int PER_VECTOR = 16 / sizeof(T);
     static_assert(LOADS * PER_VECTOR <= 64 / sizeof(T), "the bound takes a group of 64 bytes");
@@ -61,7 +65,7 @@ _VECTOR_LOOP = """
     if (start < count - vectors * PER_VECTOR) {
         const ptrdiff_t j = start < before ? start : start + vectors * PER_VECTOR;
         C old = UPDATES ? C(gs[j]) : C(0);
-        use(C(xs[j]), old);
+        use(C(xs[j]), C(1), old);
         if (UPDATES) gs[j] = T(old);
         end_group();
     }
@@ -71,7 +75,7 @@ _VECTOR_LOOP = """
         #pragma unroll
         for (int k = 0; k < PER_VECTOR; ++k) {
             C old = UPDATES ? C(g[k]) : C(0);
-            use(C(x[k]), old);
+            use(C(x[k]), C(1), old);
             if (UPDATES) g[k] = T(old);
         }
     };
@@ -143,7 +147,13 @@ _LOAD_COEFFICIENTS = """
 
 @functools.cache
 def pass_kernel(
-    what: str, kind: str, terms: tuple[int, ...], updated: Norm | None, batch: Norm | None
+    what: str,
+    kind: str,
+    terms: tuple[int, ...],
+    updated: Norm | None,
+    batch: Norm | None,
+    *,
+    weighted: bool = False,
 ) -> cupy.ElementwiseKernel:
     """Return the kernel that sums powers of every x, or adds the gradient, or both.
 
@@ -159,14 +169,17 @@ def pass_kernel(
         The norm whose gradient is added, if any.
     batch : Norm or None
         The norm that a batch of layers have in common; None if the kernel is for one array.
+    weighted : bool
+        Whether each x has a weight; not of a batch, and not by vectors.
     """
     lams, coefficients = (updated.n_lams, updated.n_coefficients) if updated else (0, 0)
     wide = "__longlong_as_double(row[GRADIENT_LAM{k}])" if batch else "gradient_lam{k}"
-    sums = _certified_sums(terms) if "certified" in kind else _exact_sums(terms)
+    sums = (_certified_sums if "certified" in kind else _exact_sums)(terms, weighted)
     text, extra = [_LAYER if batch else _ONE_ARRAY, "using C = typename compute<T>::type;"], []
     if what == "sum" and not kind:
         text += [_RETURN_IF_CERTAIN.format(sums=len(terms))]
-    text += [repeated(f"C lam{{k}}; narrow({wide}, lam{{k}});", lams)]
+    own = "own_lam" if weighted else "lam"  # not yet times the weight
+    text += [repeated(f"C {own}{{k}}; narrow({wide}, {own}{{k}});", lams)]
     if updated and updated.two_pass:
         extra = [f"raw C coefficient{k}" for k in range(coefficients)]
         extra += ["raw bool has_gradient"]
@@ -178,15 +191,19 @@ def pass_kernel(
             )
         ]
     added = f"old = add(old, {updated.cuda.gradient});" if updated else ""
+    if weighted:
+        added = repeated("const C lam{k} = multiply(own_lam{k}, w);", lams) + added
     # A division, or what the layers of a batch add to two sums, takes the registers of two vectors.
     needs_registers = updated and (not terms or (batch and len(terms) > 1))
     text += [
         sums.declare,
-        f"const auto use = [&](const C x, C& old) {{ {sums.add} {added} }};",
+        f"const auto use = [&](const C x, const C w, C& old) {{ {sums.add} {added} }};",
         f"const auto end_group = [&] {{ {sums.end_group} }};",
         f"constexpr bool UPDATES = {str(updated is not None).lower()};",
+        f"constexpr bool WEIGHTED = {str(weighted).lower()};",
         f"constexpr int LOADS = {LOADS // 2 if needs_registers else LOADS};",
         "" if updated or batch else "T* const gradients = nullptr;",
+        "" if weighted else "const T* const weights = nullptr;",
         _VECTOR_LOOP if "vectors" in kind else _GRID_STRIDE_LOOP,
         sums.finish,
     ]
@@ -194,15 +211,16 @@ def pass_kernel(
         inputs = ["raw int64 table", "int64 layers", "raw T like", *extra]  # like says what T is
         outputs = [sums.output]
     else:
-        inputs = ["raw T activations", "int64 count", "int64 step"]
+        inputs = ["raw T activations", "int64 count", "int64 step"] + ["raw W weights"] * weighted
         inputs += [*(f"float64 gradient_lam{k}" for k in range(lams)), *extra]
         outputs = [sums.output] * bool(terms) + ["raw T gradients"] * bool(updated)
     of = updated.name if updated else "_".join(map(str, terms))
+    whose = "batch" if batch else "weighted" if weighted else ""
     return cupy.ElementwiseKernel(
         ", ".join(inputs),
         ", ".join(outputs),
         "\n".join(text),
-        kernel_name("_".join(filter(None, ("batch" if batch else "", what, kind, of)))),
+        kernel_name("_".join(filter(None, (whose, what, kind, of)))),
         preamble=preamble(batch),
         options=OPTIONS,
         no_return=True,
@@ -214,31 +232,37 @@ class _Sums(NamedTuple):
 
     output: str  # the parameter that takes the sums
     declare: str
-    add: str  # the magnitudes of an element x
+    add: str  # the magnitudes of an element x, times w if there are weights
     end_group: str
     finish: str
 
 
-def _exact_sums(terms: tuple[int, ...]) -> _Sums:
+def _exact_sums(terms: tuple[int, ...], weighted: bool) -> _Sums:
     own = [f"&words[(layer * {len(terms)} + {k}) * COUNTERS]" for k in range(len(terms))]
+    x = _element(weighted)
     return _Sums(
         "raw int64 words",
         repeated("expansion sum{k};", len(terms)),
-        " ".join(f"sum{k}.{_ADDERS[term]}(x, {own[k]});" for k, term in enumerate(terms)),
+        " ".join(f"sum{k}.{_ADDERS[term]}({x}, {own[k]});" for k, term in enumerate(terms)),
         "",
         " ".join(f"accumulate_block(sum{k}, {each});" for k, each in enumerate(own)),
     )
 
 
-def _certified_sums(terms: tuple[int, ...]) -> _Sums:
+def _certified_sums(terms: tuple[int, ...], weighted: bool) -> _Sums:
     own = f"&partials[2 * ({len(terms)} * blockIdx.x + {{k}})]"
+    x = _element(weighted)
     return _Sums(
         "raw float64 partials",
         repeated("lane<C> sum{k};", len(terms)),
-        " ".join(f"sum{k}.{_ADDERS[term]}(x, sizeof(T) == 2);" for k, term in enumerate(terms)),
+        " ".join(f"sum{k}.{_ADDERS[term]}({x}, sizeof(T) == 2);" for k, term in enumerate(terms)),
         repeated("sum{k}.end_group();", len(terms)),
         repeated(f"join_block(sum{{k}}); store(sum{{k}}, {own});", len(terms)),
     )
+
+
+def _element(weighted: bool) -> str:
+    return "x, w" if weighted else "x"
 
 
 _ADDERS = {1: "add_absolute", 2: "add_square"}

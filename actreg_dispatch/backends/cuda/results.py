@@ -49,6 +49,7 @@ template <typename C> __device__ inline void finish(
 
 _CERTIFY = """
     const ptrdiff_t layer = blockIdx.x;
+    constexpr bool WEIGHTED = {weighted};
     {where}
     {lanes}
     for (ptrdiff_t b = first + threadIdx.x; b < first + blocks; b += THREADS) {{ {join} }}
@@ -99,8 +100,9 @@ def _results_of(norm: Norm) -> _Results:
     return _Results(functions, lams, parameters)
 
 
-def certifying_kernel(norm: Norm, batch: bool) -> cupy.ElementwiseKernel:
+def certifying_kernel(norm: Norm, batch: bool, weighted: bool) -> cupy.ElementwiseKernel:
     """Return the kernel that writes the results, and that they are certain, if they are."""
+    whose = "batch_" if batch else "weighted_" if weighted else ""
     results, terms = _results_of(norm), norm.terms
     sums, lams = len(terms), results.lams
     where = "constexpr ptrdiff_t first = 0;"
@@ -118,6 +120,7 @@ def certifying_kernel(norm: Norm, batch: bool) -> cupy.ElementwiseKernel:
     at = [", ".join(f"b{k}.{side}" for k, side in enumerate(each.split())) for each in corners]
     text = _CERTIFY.format(
         where=where,
+        weighted=str(weighted).lower(),
         lanes=repeated("lane<C> sum{k};", sums),
         join=repeated(
             f"sum{{k}}.join(partials[2 * ({sums} * b + {{k}})], "
@@ -126,7 +129,7 @@ def certifying_kernel(norm: Norm, batch: bool) -> cupy.ElementwiseKernel:
         ),
         join_blocks=repeated("join_block(sum{k});", sums),
         brackets=" ".join(
-            f"const bracket b{k} = bracket_of(sum{k}, double(count), {term});"
+            f"const bracket b{k} = bracket_of(sum{k}, double(count), {term}, WEIGHTED);"
             for k, term in enumerate(terms)
         ),
         holds=repeated("b{k}.holds", sums, " && "),
@@ -142,7 +145,7 @@ def certifying_kernel(norm: Norm, batch: bool) -> cupy.ElementwiseKernel:
         ", ".join([*inputs, "float64 epsilon"]),
         ", ".join(["raw int64 words", *(f"raw {each}" for each in results.parameters)]),
         text,
-        kernel_name(f"{'batch_' * batch}certify_{norm.name}"),
+        kernel_name(f"{whose}certify_{norm.name}"),
         preamble=preamble(norm if batch else None) + results.functions,
         options=OPTIONS,
         no_return=True,
