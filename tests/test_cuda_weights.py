@@ -693,5 +693,5 @@ def test_what_weights_cost_has_a_budget(profile, operation, norm, dtype, kind):
     binary64, issues, moved = (cost_of(events) - cost_of(plain)) / passes
     itemsize = 1 if kind == "bool" else np.dtype(dtype).itemsize
     assert moved == pytest.approx(itemsize, rel=0.01)  # and what is broadcast is in a cache
-    assert binary64 <= (6.1 if dtype == "float64" else 0.9)
+    assert binary64 <= (7.1 if dtype == "float64" else 0.9)
     assert issues <= 28.5 + 7.5 * (kind == "per feature")

@@ -195,13 +195,16 @@ def pass_kernel(
         added = repeated("const C lam{k} = multiply(own_lam{k}, w);", lams) + added
     # A division, or what the layers of a batch add to two sums, takes the registers of two vectors.
     needs_registers = updated and (not terms or (batch and len(terms) > 1))
+    loads = str(LOADS // 2 if needs_registers else LOADS)
+    if weighted and updated and terms:  # three arrays, as many bytes of float64 as of float32
+        loads = f"{LOADS} * sizeof(float) / sizeof(C)"
     text += [
         sums.declare,
         f"const auto use = [&](const C x, const C w, C& old) {{ {sums.add} {added} }};",
         f"const auto end_group = [&] {{ {sums.end_group} }};",
         f"constexpr bool UPDATES = {str(updated is not None).lower()};",
         f"constexpr bool WEIGHTED = {str(weighted).lower()};",
-        f"constexpr int LOADS = {LOADS // 2 if needs_registers else LOADS};",
+        f"constexpr int LOADS = {loads};",
         "" if updated or batch else "T* const gradients = nullptr;",
         "" if weighted else "const T* const weights = nullptr;",
         _VECTOR_LOOP if "vectors" in kind else _GRID_STRIDE_LOOP,
