@@ -29,8 +29,8 @@ class ActivationStatistics:
 
     Notes
     -----
-    On a device, counters stay there, and reading them waits for it. Several threads may use one
-    object. A call that raises counts nothing.
+    Several threads may use one object. A call that raises counts nothing. The CUDA backend cannot
+    count, and says so.
 
     Examples
     --------
@@ -88,10 +88,10 @@ class ActivationStatistics:
         active = self._counts[3]
         if active is None:
             return None
-        return np.array(active.get() if hasattr(active, "get") else active, np.int64)
+        return np.array(active, np.int64)
 
     def add(self, elements: Any, nonzero: Any, largest: Any, active: Any = None) -> None:
-        """Add what a backend counted: numbers, or arrays of no axes on one device."""
+        """Add what a backend counted."""
         with _ADDING:
             all_elements, all_nonzero, all_largest, all_active = self._counts
             self._counts = (

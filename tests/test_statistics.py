@@ -161,3 +161,13 @@ def test_statistics_that_do_not_fit_are_refused(name):
         reg.penalty(np.array(1.0), statistics=statistics)
     assert not g.any()
     assert statistics.elements == 4
+
+
+def test_the_device_says_that_it_cannot_count(cupy):
+    reg, statistics = ActivityRegularization(0.1), ActivationStatistics()
+    x, g = cupy.ones(3), cupy.zeros(3)
+    with pytest.raises(NotImplementedError, match="counted on the host only; choose backend="):
+        reg.apply(x, g, statistics=statistics)
+    assert not g.any()
+    ActivityRegularization(0.1, backend="numba").apply(x, g, statistics=statistics)
+    assert (statistics.elements, statistics.nonzero, statistics.largest) == (3, 3, 1.0)

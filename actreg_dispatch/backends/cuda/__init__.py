@@ -27,6 +27,7 @@ from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT16, FLOAT32, FLOAT64, NA
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.exact import COUNTERS, Total, sum_of_words, total_of
 
 __all__ = ["BACKEND", "CudaBackend"]
@@ -71,8 +72,10 @@ class CudaBackend(Backend):
         norm: Norm,
         constants: Constants,
         weights: cupy.ndarray | None = None,
+        statistics: ActivationStatistics | None = None,
     ) -> cupy.ndarray:
         """Return the penalty, a 0-d array on the device of ``activations``."""
+        _refuse(statistics)
         return self._summed(activations, None, norm, constants, weights)[0]
 
     def apply(
@@ -82,8 +85,10 @@ class CudaBackend(Backend):
         norm: Norm,
         constants: Constants,
         weights: cupy.ndarray | None = None,
+        statistics: ActivationStatistics | None = None,
     ) -> cupy.ndarray:
         """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
+        _refuse(statistics)
         results = self._summed(activations, gradients, norm, constants, weights)
         if norm.two_pass:
             kernels, both = kernels_of(norm, weighted=weights is not None), (activations, gradients)
@@ -191,6 +196,14 @@ class CudaBackend(Backend):
             if norm.two_pass:
                 run("update", *results[1:], words)
             return list(results[0])
+
+
+def _refuse(statistics: ActivationStatistics | None) -> None:
+    if statistics is not None:
+        raise NotImplementedError(
+            "statistics are counted on the host only; choose backend='numba', which moves the "
+            "activations there, or count them with CuPy"
+        )
 
 
 def launch(
