@@ -99,7 +99,7 @@ ANCHORED_TERMS = 1 << 10
 LOWEST_EXPONENT, HIGHEST_EXPONENT = -900, 1013
 """Of the largest term of an anchored tile."""
 MOST_WEIGHT = 2.0**64
-"""Weights of squares are less than this; a tile with others is made infinite."""
+"""Weights of squares in anchored tiles are less than this; the rest is summed exactly."""
 
 NOT_HANDLED = -1.0
 """In place of a penalty: nothing has been done."""

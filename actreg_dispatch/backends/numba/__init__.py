@@ -21,14 +21,14 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import drivers, functions
-from actreg_dispatch.backends.numba.addresses import BLOCK, Call, Plan
+from actreg_dispatch.backends.numba.addresses import BLOCK, SUMS, Call, Plan
 from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.compiling import kernel_of
 from actreg_dispatch.backends.numba.drivers import EXACT_SHARES, PARALLEL_FROM
 from actreg_dispatch.backends.numba.exact import MOST_TERMS
-from actreg_dispatch.dtypes import COMPUTE_DTYPES, NATIVE_DTYPES
+from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse, each_once
-from actreg_dispatch.norms import L1, Norm
+from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants, Options, Reduction, count_of, divided_axes
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.statistics import ActivationStatistics
@@ -61,6 +61,7 @@ class NumbaBackend(Backend):
     def partial_sum(self, activations: Array, norm: Norm, weights: Array | None = None) -> Total:
         """Return the sum, or both, that the norm takes, exactly."""
         x, w, terms = activations, weights, norm.terms
+        _check_values(w)
         if x.size > MOST_TERMS:
             axis = int(np.argmax(x.shape))
             one, other = np.array_split(x, 2, axis)
@@ -76,10 +77,7 @@ class NumbaBackend(Backend):
             function = kernel_of(functions.weighted_exact_function, terms, x.dtype)
         kernel_of(drivers.exact_kernel, parallel)(function.address, ctypes.addressof(call), words)
         sums = (words.sum(axis=0) if parallel else words[0]).reshape(-1, COUNTERS)
-        total = total_of([sum_of_words(*each, compute) for each in zip(sums, terms, strict=True)])
-        if w is not None and math.isnan(total.parts[0].special):
-            check_weight_values(w)
-        return total
+        return total_of([sum_of_words(*each, compute) for each in zip(sums, terms, strict=True)])
 
     def penalty(
         self,
@@ -344,18 +342,18 @@ def _update(
     _run(call, _updating(norm, x.dtype, call.dense, overwrites, weights is not None))
 
 
-def _check_values(weights: Array | None) -> None:
-    """Refuse weights that are negative or not finite, before anything is written.
+def _check_values(weights: Array | None) -> bool:
+    """Refuse weights that are negative or not finite, for all that follows takes it for granted.
 
-    They are summed as activations that weigh what they are themselves: a sum that is finite has no
-    such one. Otherwise, or if it overflows, NumPy is asked.
+    Return whether some are too large for squares in binary64.
     """
     if weights is None or weights.dtype.kind == "b" or not weights.size:
-        return
+        return False
     w = each_once(weights)
-    function = _summing(L1, w.dtype, dense=False, weighted=True)
-    if not math.isfinite(_run(_rows_of(w, w, w), function)[0]):
+    counts = _run(_call(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:]
+    if counts[0]:
         check_weight_values(weights)
+    return bool(counts[1])
 
 
 def _whole(
@@ -370,9 +368,9 @@ def _whole(
     overwrites: bool = False,
 ) -> Any:
     """Do a whole call, with an exact sum if it takes one, and return the penalty."""
-    if writes and not norm.two_pass:  # otherwise the sum that comes first tells bad weights
-        _check_values(weights)
+    has_large_weights = _check_values(weights)
     call = _call(x, g, weights, norm, constants)
+    call.needs_exact_sum = has_large_weights and x.dtype == FLOAT64
     if statistics is not None:
         counting = kernel_of(functions.counting_function, x.dtype, weights is not None)
         call.count_elements = counting.address

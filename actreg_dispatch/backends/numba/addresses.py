@@ -65,6 +65,7 @@ class Call(ctypes.Structure):
         ("gradients", ctypes.c_int64),
         ("weights", ctypes.c_int64),  # if there are any, and what gathers them
         ("gather", ctypes.c_int64),
+        ("needs_exact_sum", ctypes.c_int64),  # since some weights are too large
         ("count_elements", ctypes.c_int64),  # what counts for statistics, if it is wanted
         ("size", ctypes.c_int64),
         ("length", ctypes.c_int64),  # of a row

@@ -35,6 +35,7 @@ from actreg_dispatch.backends.numba.exact import (
 )
 from actreg_dispatch.backends.numba.rows import (
     add_gradient,
+    bad_and_large,
     gradient_of,
     load_of,
     no_gradient,
@@ -53,6 +54,7 @@ __all__ = [
     "NO_GRADIENT",
     "UNCERTAIN",
     "block_function",
+    "checking_function",
     "counting_function",
     "exact_function",
     "finish_function",
@@ -79,7 +81,7 @@ def block_function(
     the call, the number of the block, and where the total goes, and returns 0.
     """
     summing = summing_of(terms, dtype, weighted)
-    sum_row, zero, _, first_term, second_term, weight_of, largest_of = summing
+    sum_row, zero, _, first_term, second_term, element_of, largest_of = summing
     n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
     load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
     update = (set_gradient if overwrites else add_gradient) if norm else no_update
@@ -105,7 +107,7 @@ def block_function(
             w = call_block(call.gather, (address, piece, new_block())) if weighted else 0
             ws = dense_row(real, w, count if weighted else 0, size)
             total = sum_row(
-                *(xs, gs, ws, total, first_term, second_term, weight_of, largest_of),
+                *(xs, gs, ws, total, first_term, second_term, element_of, largest_of),
                 *(update, gradient, lam, c),
             )
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
@@ -161,7 +163,7 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
             real,
         )
         penalty, c, has_gradient = found
-        if not (certain and penalty >= 0.0):
+        if call.needs_exact_sum != 0 or not (certain and penalty >= 0.0):
             return UNCERTAIN
         call.penalty = penalty
         store(call.coefficients, c)
@@ -185,6 +187,31 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
             w += place * axes[axis + 3]
     x, g, w = x + start * call.x_step, g + start * call.g_step, w + start * call.w_step
     return x, g, w, min(BLOCK, call.length - start)
+
+
+def checking_function(weights: np.dtype[Any]) -> Any:
+    """Compile what counts, of a block of weights, the bad ones, and those too large for squares.
+
+    It is given what a block function is, and leaves the counts next to the total.
+    """
+    bits = bits_of(weights)
+    element, itemsize = bits.type, bits.itemsize
+
+    def check(address, number, there):  # type: ignore[no-untyped-def]
+        call, total = call_at(address), dense_row(np.float64, there, TOTALS, 8)
+        first = number * call.pieces_per_block
+        total[:] = 0.0
+        for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
+            w, _g, _w, count = _piece(call, piece)
+            if call.x_step == itemsize:
+                bad, large = bad_and_large(dense_row(element, w, count, itemsize))
+            else:
+                bad, large = bad_and_large(strided_row(element, w, count, call.x_step))
+            total[SUMS] += bad
+            total[SUMS + 1] += large
+        return 0
+
+    return compile_function(check, BLOCK_SIGNATURE, weights)
 
 
 def counting_function(dtype: np.dtype[Any], weighted: bool) -> Any:

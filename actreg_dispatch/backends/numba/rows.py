@@ -47,6 +47,7 @@ __all__ = [
     "Summing",
     "absolute",
     "add_gradient",
+    "bad_and_large",
     "gradient_of",
     "no_gradient",
     "no_update",
@@ -62,21 +63,23 @@ for _function in (anchored_bound, two_sum, merge_pairs, certified_one, certified
     register_jitable(_function)
 
 
-# Weights: that of element j, whose value is x.
+# Weights: the value of element j in T, 0 if it is left out, and its weight.
 
 
 @register_jitable
-def _no_weight(w, j, x):  # type: ignore[no-untyped-def]
-    return type(x)(1.0)
+def _without(x, w, j):  # type: ignore[no-untyped-def]
+    value = widen(x[j])
+    return value, type(value)(1.0)
 
 
 @register_jitable
-def _weight(w, j, x):  # type: ignore[no-untyped-def]
-    return w[j]
+def _with_weight(x, w, j):  # type: ignore[no-untyped-def]
+    value, each = widen(x[j]), w[j]
+    return value if each != 0 else type(value)(0.0), each
 
 
 # Magnitudes: |x| or x², times the weight w, in binary64, less the second result, which is what
-# rounding added. A weight of 0 leaves x out, whatever it is; one that is negative makes NaN.
+# rounding added.
 
 
 @register_jitable
@@ -96,22 +99,15 @@ def square(value, w):  # type: ignore[no-untyped-def]
 def _weighted_absolute(value, w):  # type: ignore[no-untyped-def]
     magnitude = abs(value)
     rounded = w * magnitude
-    return _of_weight(w, rounded, -multiply_add(w, magnitude, -rounded))
+    return rounded, -multiply_add(w, magnitude, -rounded)
 
 
 @register_jitable
 def _weighted_square(value, w):  # type: ignore[no-untyped-def]
     squared = value * value
-    rounded = w * squared if w < MOST_WEIGHT else math.inf
+    rounded = w * squared
     lost = w * multiply_add(value, value, -squared)
-    return _of_weight(w, rounded, -(multiply_add(w, squared, -rounded) + lost))
-
-
-@register_jitable
-def _of_weight(w, product, excess):  # type: ignore[no-untyped-def]
-    if w > 0.0:
-        return product, excess
-    return 0.0 if w == 0.0 else math.nan, 0.0
+    return rounded, -(multiply_add(w, squared, -rounded) + lost)
 
 
 # Updates: add the gradient at x to g[j], or write it there, if the weight is not 0; λ and
@@ -211,12 +207,11 @@ def plus(total, term):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _sum_plain(  # type: ignore[no-untyped-def]
-    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+    x, g, w, total, first, second, element_of, largest_of, update, gradient, lam, c
 ):
     hi, lo = total
     for j in range(x.size):
-        value = widen(x[j])
-        each = weight_of(w, j, value)
+        value, each = element_of(x, w, j)
         hi = plus(hi, first(np.float64(value), np.float64(each))[0])
         update(g, j, value, each, gradient, lam, c)
     return hi, lo
@@ -224,12 +219,11 @@ def _sum_plain(  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _sum_plain_both(  # type: ignore[no-untyped-def]
-    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+    x, g, w, total, first, second, element_of, largest_of, update, gradient, lam, c
 ):
     hi, lo, second_hi, second_lo = total
     for j in range(x.size):
-        value = widen(x[j])
-        each = weight_of(w, j, value)
+        value, each = element_of(x, w, j)
         hi = plus(hi, first(np.float64(value), np.float64(each))[0])
         second_hi = plus(second_hi, second(np.float64(value), np.float64(each))[0])
         update(g, j, value, each, gradient, lam, c)
@@ -238,43 +232,43 @@ def _sum_plain_both(  # type: ignore[no-untyped-def]
 
 @register_jitable
 def _sum_anchored(  # type: ignore[no-untyped-def]
-    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+    x, g, w, total, first, second, element_of, largest_of, update, gradient, lam, c
 ):
     for start in range(0, x.size, ANCHORED_TERMS):
         # Slices indexed from 0 need no check for negative indices, which would not vectorize.
         end = start + ANCHORED_TERMS
         xs, gs, ws = x[start:end], g[start:end], w[start:end]
         exponent = largest_of(xs, ws, first)
-        part = _sum_tile(xs, gs, ws, exponent, first, weight_of, update, gradient, lam, c)
+        part = _sum_tile(xs, gs, ws, exponent, first, element_of, update, gradient, lam, c)
         total = _merge(total, part)
     return total
 
 
 @register_jitable
 def _sum_anchored_both(  # type: ignore[no-untyped-def]
-    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+    x, g, w, total, first, second, element_of, largest_of, update, gradient, lam, c
 ):
     for start in range(0, x.size, ANCHORED_TERMS):  # the second look at a tile is in the cache
         end = start + ANCHORED_TERMS
         xs, gs, ws = x[start:end], g[start:end], w[start:end]
         exponent, other = largest_of(xs, ws, first), largest_of(xs, ws, second)
-        one = _sum_tile(xs, gs, ws, exponent, first, weight_of, no_update, gradient, lam, c)
-        two = _sum_tile(xs, gs, ws, other, second, weight_of, update, gradient, lam, c)
+        one = _sum_tile(xs, gs, ws, exponent, first, element_of, no_update, gradient, lam, c)
+        two = _sum_tile(xs, gs, ws, other, second, element_of, update, gradient, lam, c)
         total = _merge_both(total, (*one, *two))
     return total
 
 
 @register_jitable
-def _sum_tile(xs, gs, ws, exponent, magnitude, weight_of, update, gradient, lam, c):  # type: ignore[no-untyped-def]
+def _sum_tile(xs, gs, ws, exponent, magnitude, element_of, update, gradient, lam, c):  # type: ignore[no-untyped-def]
     anchor = power_of_two(exponent + 10)
     total, rest = 0.0, 0.0
     for j in range(xs.size):
-        each = weight_of(ws, j, xs[j])
-        term, excess = magnitude(xs[j], each)
+        value, each = element_of(xs, ws, j)
+        term, excess = magnitude(value, each)
         high = (term + anchor) - anchor
         total = plus(total, high)
         rest = plus(rest, (term - high) - excess)
-        update(gs, j, xs[j], each, gradient, lam, c)
+        update(gs, j, value, each, gradient, lam, c)
     if LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
         return two_sum(total, rest)
     return math.inf, 0.0
@@ -292,19 +286,20 @@ def _largest_of_terms(xs, ws, magnitude):  # type: ignore[no-untyped-def]
     """Do :func:`_largest_of_x` with weights; a product that underflows is not 0."""
     largest, nonzero = 0, 0
     for j in range(xs.size):
-        largest = max(largest, as_int(magnitude(xs[j], ws[j])[0]))
-        nonzero |= (ws[j] != 0.0) & (xs[j] != 0.0)
+        value, each = _with_weight(xs, ws, j)
+        largest = max(largest, as_int(magnitude(value, each)[0]))
+        nonzero |= (value != 0.0) & (each != 0.0)
     return exponent_of(as_float(largest)) if nonzero else 0
 
 
 @register_jitable
 def update_only(  # type: ignore[no-untyped-def]
-    x, g, w, total, first, second, weight_of, largest_of, update, gradient, lam, c
+    x, g, w, total, first, second, element_of, largest_of, update, gradient, lam, c
 ):
     """Update only."""
     for j in range(x.size):
-        value = widen(x[j])
-        update(g, j, value, weight_of(w, j, value), gradient, lam, c)
+        value, each = element_of(x, w, j)
+        update(g, j, value, each, gradient, lam, c)
     return total
 
 
@@ -319,6 +314,17 @@ def _merge_both(a, b):  # type: ignore[no-untyped-def]
     return first[0], first[1], second[0], second[1]
 
 
+@register_jitable
+def bad_and_large(w):  # type: ignore[no-untyped-def]
+    """Return how many weights are negative or not finite, and how many are MOST_WEIGHT or more."""
+    bad, large = 0, 0
+    for j in range(w.size):
+        each = widen(w[j])
+        bad += not (0.0 <= each < math.inf)
+        large += each >= MOST_WEIGHT
+    return bad, large
+
+
 class Summing(NamedTuple):
     """How powers of |x| are summed: what a kernel closes over."""
 
@@ -327,7 +333,7 @@ class Summing(NamedTuple):
     certified: Any
     first: Any  # the magnitude, and that of the second sum
     second: Any
-    weight_of: Any
+    element_of: Any
     largest_of: Any
 
 
@@ -335,9 +341,9 @@ def summing_of(terms: tuple[int, ...], dtype: np.dtype[Any], weighted: bool = Fa
     """Return how ``terms`` are summed; no terms are a pass that only updates."""
     magnitudes = (_weighted_absolute, _weighted_square) if weighted else (absolute, square)
     first, second = magnitudes if terms != (2,) else magnitudes[::-1]
-    weight_of = _weight if weighted else _no_weight
+    element_of = _with_weight if weighted else _without
     largest_of = _largest_of_terms if weighted else _largest_of_x
-    how = first, second, weight_of, largest_of
+    how = first, second, element_of, largest_of
     anchored = dtype == FLOAT64
     if len(terms) == 2:
         row = _sum_anchored_both if anchored else _sum_plain_both
