@@ -12,7 +12,7 @@ from typing import Any
 
 from actreg_dispatch.norms import Norm, signed, signed_by_type, sqrt
 
-__all__ = ["gradient_expression"]
+__all__ = ["gradient_expression", "weights_gradient_expression"]
 
 
 def gradient_expression(
@@ -22,8 +22,9 @@ def gradient_expression(
     lam: tuple[Any, ...],
     epsilon: float,
     where: Callable[[Any, Any, Any], Any],
+    weights: Any = None,
 ) -> Any:
-    """Return the gradient of the penalty of ``x``, differentiably.
+    """Return the gradient of the penalty of ``x``, differentiably, by the weights, too.
 
     Parameters
     ----------
@@ -39,11 +40,49 @@ def gradient_expression(
         What the norm's guard compares with.
     where : callable
         The library's ``where(condition, a, b)``.
+    weights : array, optional
+        Of the compute dtype, broadcasting to ``x``, whose elements of weight 0 must be finite.
     """
+    if weights is not None:
+        lam = tuple(each * weights for each in lam)
+    return _gradient_at(x, norm, x, unit, lam, epsilon, where, weights)
+
+
+def weights_gradient_expression(
+    norm: Norm,
+    x: Any,
+    unit: Any,
+    lam: tuple[Any, ...],
+    epsilon: float,
+    where: Callable[[Any, Any, Any], Any],
+    weights: Any,
+) -> Any:
+    """Return the derivative of the penalty by the weight of each element, differentiably.
+
+    The arguments are those of :func:`gradient_expression`. With p₁ and p₂ for the derivatives of
+    the penalty by its sums, this is p₁|x| + p₂x², and the gradient of weight 1 is p₁sign(x) + 2p₂x:
+    x times the gradient at x/2.
+    """
+    return x * _gradient_at(x / 2, norm, x, unit, lam, epsilon, where, weights)
+
+
+def _gradient_at(
+    place: Any,
+    norm: Norm,
+    x: Any,
+    unit: Any,
+    lam: tuple[Any, ...],
+    epsilon: float,
+    where: Callable[[Any, Any, Any], Any],
+    weights: Any,
+) -> Any:
+    """Return what the gradient of ``x`` would be at elements of the values ``place``."""
     if not norm.two_pass:
-        return norm.gradient(x, lam, ())
+        return norm.gradient(place, lam, ())
     one, scaled = unit / unit, x / unit
     powers = {1: scaled * signed(one, scaled), 2: scaled * scaled}  # |x| with derivative 0 at 0
+    if weights is not None:
+        powers = {degree: weights * power for degree, power in powers.items()}
     sums = [(powers[degree].sum(), degree) for degree in norm.terms]
     lams = tuple(_Scaled(each, 0, unit) for each in lam)
 
@@ -59,7 +98,8 @@ def gradient_expression(
     exists = exists & ~all_zero
     # The derivative of the branch that is not taken must be finite, or NaN would come of it.
     s = tuple(_Scaled(where(exists, total, one), degree, unit) for total, degree in sums)
-    found = norm.gradient(_Scaled(scaled, 1, unit), lams, norm.coefficients(lams, s)).plain()
+    at = scaled if place is x else place / unit
+    found = norm.gradient(_Scaled(at, 1, unit), lams, norm.coefficients(lams, s)).plain()
     return where(exists, where(x == x, found, found), 0.0)  # of the shape of x, even if without x
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ from actreg_dispatch import (
     ActivityNorm,
     ActivityRegularization,
     BackendUnavailableError,
+    MixedArraysError,
     UnknownBackendError,
     register_backend,
     use_backend,
 )
+from actreg_dispatch.norms import Norm
 from actreg_dispatch.oracle import exact_result
 
 jax = pytest.importorskip("jax")
@@ -545,7 +548,389 @@ def test_where_numba_cannot_keep_subnormals_traced_arrays_are_refused(monkeypatc
     assert float(reg.penalty(x)) == 5.0
 
 
+# Weights.
+
+
+WEIGHTED = {
+    ActivityNorm.L1: lambda x, w: 0.1 * jnp.sum(w * jnp.abs(x)),
+    ActivityNorm.L2: lambda x, w: 0.1 * jnp.sqrt(jnp.sum(w * x * x)),
+    ActivityNorm.L2_SQUARED: lambda x, w: 0.1 * jnp.sum(w * x * x),
+    ActivityNorm.L1_L2_SQUARED: lambda x, w: 0.1 * jnp.sum(w * (jnp.abs(x) + x * x)),
+    ActivityNorm.HOYER: lambda x, w: 0.1 * jnp.sum(w * jnp.abs(x)) ** 2 / jnp.sum(w * x * x),
+}
+
+
+def weights_of(shape, dtype, seed=5):
+    return np.abs(values_of(shape, dtype, seed)) if dtype != "bool" else values_of(shape, "f4") > 0
+
+
+def exact_with_weights(values, norm, weights, lam=0.1, scale=1.0):
+    return exact_result(values, np.zeros_like(values), norm, lam, None, scale, weights)
+
+
+@norms
+@pytest.mark.parametrize(
+    ("dtype", "weights_dtype", "shape"),
+    [
+        ("float32", "float32", (5,)),
+        ("float32", "bool", (7, 1)),
+        ("float64", "float64", (7, 5)),
+        ("bfloat16", "bfloat16", ()),
+        ("float16", "float32", (1, 5)),
+    ],
+)
+def test_with_weights_every_route_has_the_bits_of_rational_arithmetic(
+    callbacks, norm, dtype, weights_dtype, shape
+):
+    values, weights = values_of((7, 5), dtype), weights_of(shape, weights_dtype)
+    expected = exact_with_weights(values, norm, weights, scale=0.5)
+    reg, x, w = ActivityRegularization(0.1, norm), jnp.asarray(values), jnp.asarray(weights)
+
+    def both(x, w, s=0.5):
+        return reg.penalty_and_gradient(x, weights=w, scale=s)
+
+    def pulled(x, w):
+        value, pull = jax.vjp(lambda x: reg.penalty(x, weights=w), x)
+        return value, pull(jnp.asarray(0.5, value.dtype))[0]
+
+    half = jnp.asarray(0.5, jnp.float32)
+    for found in (
+        both(x, w),
+        jax.jit(both)(x, w),
+        jax.jit(both)(x, w, half),
+        jax.jit(lambda x: both(x, w))(x),
+        jax.jit(lambda w: both(x, w))(w),
+        pulled(x, w),
+        jax.jit(pulled)(x, w),
+    ):
+        for result, wanted in zip(found, expected, strict=True):
+            assert_same_bits(result, wanted)
+    assert_same_bits(reg.penalty(x, weights=w), expected[0])
+    assert_same_bits(reg.finish(reg.partial_sum(x, weights=w)), expected[0])
+
+
+@norms
+def test_with_weights_each_example_of_a_vmap_is_computed_on_its_own(callbacks, norm):
+    values, weights = values_of((3, 4, 5), "float32"), weights_of((3, 5), "float32")
+    reg, x, w = ActivityRegularization(0.1, norm), jnp.asarray(values), jnp.asarray(weights)
+
+    def both(x, w):
+        return reg.penalty_and_gradient(x, weights=w)
+
+    def penalty(x, w):
+        return reg.penalty(x, weights=w)
+
+    for axes, xs, ws in (
+        ((0, 0), x, w),
+        ((0, None), x, w[0]),
+        ((None, 0), x[0], w),
+        ((0, 0), x, w[:, :1] > 0.3),
+    ):
+        rows = [
+            exact_with_weights(
+                values[k if axes[0] == 0 else 0], norm, np.asarray(ws[k] if axes[1] == 0 else ws)
+            )
+            for k in range(3)
+        ]
+        for wrap in (lambda function: function, jax.jit):
+            found = wrap(jax.vmap(both, axes))(xs, ws)
+            assert_same_bits(found[0], np.array([each[0] for each in rows]))
+            assert_same_bits(found[1], np.array([each[1] for each in rows]))
+            assert_same_bits(wrap(jax.vmap(penalty, axes))(xs, ws), found[0])
+            assert_same_bits(wrap(jax.vmap(jax.grad(penalty), axes))(xs, ws), found[1])
+    nested = jax.vmap(jax.vmap(penalty, (0, None)), (None, 0))(x, w)
+    expected = [[exact_with_weights(v, norm, u)[0] for v in values] for u in weights]
+    assert_same_bits(nested, np.array(expected))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "batch", (0, 1)])
+def test_a_mask_counts_what_it_keeps_in_callbacks_and_in_second_derivatives(reduction):
+    values, mask = values_of((3, 4), "float64") + 2, np.array([[1, 1, 0, 1], [0] * 4, [1] * 4]) > 0
+    count = 2 if reduction == "batch" else 7
+    expected = exact_with_weights(values, ActivityNorm.L2, mask, 0.1 / count)
+    reg, x, w = ActivityRegularization.l2(0.1, reduction=reduction), jnp.asarray(values), mask * 1.0
+    for route in (jax.value_and_grad(reg.penalty), jax.jit(jax.value_and_grad(reg.penalty))):
+        for found, wanted in zip(route(x, weights=jnp.asarray(mask)), expected, strict=True):
+            assert_same_bits(found, wanted)
+    hessian = jax.hessian(lambda x: WEIGHTED[ActivityNorm.L2](x, w) / count)(x)
+    for wrap in (lambda function: function, jax.jit):
+        found = wrap(jax.hessian(reg.penalty))(x, weights=jnp.asarray(mask))
+        assert_allclose(found, hessian, rtol=1e-12, atol=1e-16)
+
+
+@norms
+@pytest.mark.parametrize("shape", [(4, 5), (5,), (4, 1), ()], ids=str)
+def test_derivatives_by_weights_agree_with_those_of_jax(norm, shape):
+    rng = np.random.default_rng(6)
+    x, w = jnp.asarray(rng.normal(size=(4, 5))), jnp.asarray(np.abs(rng.normal(size=shape)) + 0.1)
+    reg = ActivityRegularization(0.1, norm)
+
+    def ours(x, w):
+        return reg.penalty(x, weights=w) ** 2
+
+    def theirs(x, w):
+        return WEIGHTED[norm](x, w) ** 2
+
+    for wrap in (lambda function: function, jax.jit):
+        found, expected = (
+            wrap(jax.grad(function, argnums=(0, 1)))(x, w) for function in (ours, theirs)
+        )
+        assert_allclose(found[1], expected[1], rtol=1e-12, atol=1e-16)
+        assert_allclose(found[0], expected[0], rtol=1e-12)
+    found, expected = (
+        jax.jit(jax.hessian(function, argnums=(0, 1)))(x, w) for function in (ours, theirs)
+    )
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-10, atol=1e-14), found, expected)
+
+
+@norms
+def test_penalty_and_gradient_are_differentiable_by_weights(norm):
+    rng = np.random.default_rng(7)
+    x, w, s = jnp.asarray(rng.normal(size=(3, 5))), jnp.asarray(np.abs(rng.normal(size=5))), 0.7
+    reg = ActivityRegularization(0.1, norm)
+
+    def ours(w):
+        penalty, gradient = reg.penalty_and_gradient(x, scale=s, weights=w)
+        return penalty + jnp.sum(gradient**3)
+
+    def theirs(w):
+        return WEIGHTED[norm](x, w) + jnp.sum((s * jax.grad(WEIGHTED[norm])(x, w)) ** 3)
+
+    for mode in (jax.grad, jax.jacfwd):
+        assert_allclose(mode(ours)(w), mode(theirs)(w), rtol=1e-12)
+
+
+@norms
+@dtypes
+def test_gradients_by_weights_have_the_dtype_of_the_weights(norm, dtype):
+    x, w = (jnp.asarray(each) for each in (values_of((4, 5), dtype), weights_of(5, dtype) + 1))
+    found = jax.grad(lambda w: ActivityRegularization(0.1, norm).penalty(x, weights=w))(w)
+    expected = jax.grad(WEIGHTED[norm], 1)(x.astype("float64"), w.astype("float64"))
+    assert found.dtype == w.dtype
+    rtol = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 2e-6, "float64": 1e-14}[dtype]
+    assert_allclose(found.astype("float64"), expected, rtol=rtol, atol=rtol / 100)
+
+
+def test_a_decoder_whose_norms_are_weights_is_trained_by_its_penalty():
+    rng = np.random.default_rng(8)
+    codes, decoder = (jnp.asarray(rng.normal(size=size)) for size in ((6, 4), (4, 3)))
+    reg = ActivityRegularization.l1(0.1, reduction="batch")
+
+    def ours(codes, decoder):
+        return reg.penalty(codes, weights=jnp.linalg.norm(decoder, axis=1))
+
+    def theirs(codes, decoder):
+        return WEIGHTED[ActivityNorm.L1](codes, jnp.linalg.norm(decoder, axis=1)) / 6
+
+    found, expected = (
+        jax.jit(jax.grad(function, (0, 1)))(codes, decoder) for function in (ours, theirs)
+    )
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-13), found, expected)
+
+
+@norms
+@pytest.mark.parametrize("left_out", [np.nan, np.inf, -np.inf, 3e38])
+def test_what_weighs_nothing_is_left_out_of_all_derivatives(norm, left_out):
+    x, w = jnp.asarray([3.0, left_out, -4.0], "float32"), jnp.asarray([1.0, 0.0, 2.0], "float32")
+    reg = ActivityRegularization(0.1, norm)
+
+    def penalty(x, w):
+        return reg.penalty(x, weights=w)
+
+    slopes = jax.grad(penalty, (0, 1))(x[::2], w[::2])
+    found = jax.jit(jax.grad(penalty, (0, 1)))(x, w)
+    for each, wanted in zip(found, slopes, strict=True):
+        assert_allclose(each[::2], wanted, rtol=1e-6)
+    assert found[0][1] == 0
+    if not np.isfinite(left_out):
+        assert found[1][1] == 0
+    elif norm is ActivityNorm.L1:
+        assert_allclose(found[1][1], 0.1 * left_out, rtol=1e-6)
+    hessian = jax.hessian(penalty)(x, w)
+    assert_allclose(hessian[::2, ::2], jax.hessian(penalty)(x[::2], w[::2]), rtol=1e-5)
+    assert not np.asarray(hessian)[1].any()
+    assert not np.asarray(hessian)[:, 1].any()
+
+
+def test_all_weights_zero_and_no_elements_have_gradients():
+    for norm in ActivityNorm:
+        reg = ActivityRegularization(0.1, norm)
+        for x, w in ((jnp.ones(3), jnp.zeros(3)), (jnp.zeros((0, 3)), jnp.ones(3))):
+            found = jax.grad(lambda x, w, r=reg: r.penalty(x, weights=w), (0, 1))(x, w)
+            assert not found[0].any()
+            assert np.isfinite(found[1]).all()
+        assert not found[1].any()
+
+
+def test_a_mask_has_no_gradient():
+    def penalty(x, w):
+        return ActivityRegularization.l1(0.1).penalty(x, weights=w)
+
+    mask = jnp.asarray([True, False])
+    for wrap in (lambda function: function, jax.jit):
+        found = wrap(jax.grad(penalty, (0, 1), allow_int=True))(jnp.ones(2), mask)
+        assert found[1].dtype == jax.dtypes.float0
+        with pytest.raises(TypeError, match="bool"):
+            wrap(jax.grad(penalty, 1))(jnp.ones(2), mask)
+
+
+def test_weights_that_are_not_differentiated_cost_no_derivative(monkeypatch):
+    monkeypatch.setattr(actreg_jax, "_weights_gradient", None)
+    reg, w = ActivityRegularization.l1(0.1), jnp.asarray([1.0, 2.0])
+    assert jax.grad(lambda x: reg.penalty(x, weights=w))(jnp.ones(2)).tolist() == [0.1, 0.2]
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_a_bad_weight_is_an_error_or_where_it_is_traced_a_penalty_of_nan(callbacks, bad):
+    x, w = jnp.ones(3), jnp.asarray([1.0, bad, 1.0])
+    reg = ActivityRegularization.l2(0.1)
+
+    def penalty(x, w):
+        return reg.penalty(x, weights=w)
+
+    for call in (
+        lambda: reg.penalty(x, weights=w),
+        lambda: reg.penalty_and_gradient(x, weights=w),
+        lambda: reg.partial_sum(x, weights=w),
+        lambda: jax.grad(lambda x: penalty(x, w))(x),
+    ):
+        with pytest.raises(ValueError, match=r"weights have .* at \(1,\), but must be finite"):
+            call()
+    assert np.isnan(jax.jit(penalty)(x, w))
+    value, slopes = jax.jit(jax.value_and_grad(penalty, (0, 1)))(x, w)
+    assert np.isnan(value)
+    assert [each.shape for each in slopes] == [(3,), (3,)]
+    both = jax.jit(lambda x, w: reg.penalty_and_gradient(x, weights=w))(x, w)
+    assert np.isnan(both[0])
+    batch = jax.vmap(penalty, (None, 0))(x, jnp.stack([jnp.ones(3), w]))
+    assert_array_equal(np.isnan(batch), [False, True])
+
+
+def test_a_mask_that_leaves_lambda_too_large_is_an_error_or_a_penalty_of_nan():
+    reg, x = ActivityRegularization.l1(1e39, reduction="mean"), jnp.ones(100, "float32")
+    mask = jnp.arange(100) < 1
+    with pytest.raises(ValueError, match="too large for float32"):
+        reg.penalty(x, weights=mask)
+    assert np.isnan(jax.jit(reg.penalty)(x, weights=mask))
+
+
+def all_calls(reg, x, weights):
+    """Return the calls that take weights, which are traced in the last two."""
+    closed = jax.jit(lambda x: reg.penalty(x, weights=weights))
+    traced = jax.jit(lambda x, w: reg.penalty_and_gradient(x, weights=w))
+    plain = [
+        lambda method=method: method(x, weights=weights)
+        for method in (reg.penalty, reg.penalty_and_gradient, reg.partial_sum)
+    ]
+    return [*plain, lambda: closed(x), *([lambda: traced(x, weights)] if is_jax(weights) else [])]
+
+
+def is_jax(array):
+    return isinstance(array, jax.Array)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (np.ones(3), MixedArraysError, r"weights must be a JAX array.*jax\.numpy\.asarray"),
+        ([1.0, 1.0, 1.0], TypeError, r"weights must be a JAX array.*list; .*jax\.numpy\.asarray"),
+        (2.0, TypeError, r"weights must be a JAX array.*float; .*jax\.numpy\.asarray"),
+        (lambda: jax.random.key(0), TypeError, "weights must be a JAX array of numbers or bools"),
+        (lambda: jnp.ones(2), ValueError, r"weights have shape \(2,\), .* broadcast to \(2, 3\)"),
+        (lambda: jnp.ones((1, 2, 3)), ValueError, r"weights have shape \(1, 2, 3\)"),
+        (lambda: jnp.ones(3, "int32"), TypeError, "weights have dtype int32; convert them"),
+        (lambda: jnp.ones(3, "float16"), TypeError, "weights have dtype float16, but activations"),
+    ],
+    ids=["numpy", "list", "number", "key", "length", "axes", "integers", "other dtype"],
+)
+def test_weights_that_do_not_fit_are_refused_before_tracing(weights, error, message):
+    weights = weights() if callable(weights) else weights
+    for call in all_calls(ActivityRegularization.l2(0.1), jnp.ones((2, 3)), weights):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_a_norm_whose_coefficients_use_lambda_takes_no_weights_before_tracing():
+    norm = Norm(
+        "scaled_by_coefficients",
+        terms=(2,),
+        penalty=lambda lam, s: lam[0] * s[0],
+        coefficients=lambda lam, s: (lam[0] + lam[0],),
+        gradient=lambda x, lam, c: c[0] * x,
+    )
+    reg = ActivityRegularization(0.1)
+    reg._dispatcher.options = reg.options._replace(norm=norm)
+    for call in all_calls(reg, jnp.ones(3), jnp.ones(3)):
+        with pytest.raises(ValueError, match="weights cannot be used with norm 'scaled_by_coeff"):
+            call()
+
+
+def test_a_partial_sum_takes_no_traced_weights():
+    reg, x = ActivityRegularization.l1(0.1), jnp.ones(3)
+    with pytest.raises(TypeError, match=r"weights are traced.*outside of jit"):
+        jax.jit(lambda w: float(reg.partial_sum(x, weights=w)))(x)
+
+
 # Where results are.
+
+
+class OfCuPy:
+    """Stands in for an array of CuPy, in memory of the host."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+    def __dlpack__(self, **options):
+        return self.values.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.values.__dlpack_device__()
+
+
+def test_arrays_on_a_cuda_device_go_to_cupy_and_back_by_dlpack(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(from_dlpack=OfCuPy))
+    monkeypatch.setattr(actreg_jax, "_is_for_cupy", lambda reg, array: True)
+    seen = []
+
+    def called(name, *results):
+        def method(x, weights=None, **options):
+            seen.append((name, type(x), type(weights), options))
+            return results if results[1:] else results[0]
+
+        return method
+
+    reg = types.SimpleNamespace(
+        penalty=called("penalty", OfCuPy(2.0)),
+        penalty_and_gradient=called("both", OfCuPy(3.0), OfCuPy([1.0, 4.0])),
+    )
+    x, w = jnp.ones(2), jnp.ones(2)
+    value = actreg_jax._at_once(reg, x, None)
+    both = actreg_jax._both_at_once(reg, x, w, 0.5)
+    assert all(isinstance(each, jax.Array) for each in (value, *both))
+    assert [each.tolist() for each in (value, *both)] == [2.0, 3.0, [1.0, 4.0]]
+    assert seen == [
+        ("penalty", OfCuPy, type(None), {}),
+        ("both", OfCuPy, OfCuPy, {"scale": 0.5}),
+    ]
+
+
+def test_which_arrays_go_to_cupy(monkeypatch):
+    def array(platform, *, devices=1, dtype="float32"):
+        each = [types.SimpleNamespace(platform=platform)] * devices
+        return types.SimpleNamespace(
+            sharding=types.SimpleNamespace(device_set=each), dtype=jnp.dtype(dtype)
+        )
+
+    reg = ActivityRegularization.l1(0.1)
+    monkeypatch.setattr(actreg_jax, "why_unavailable", lambda name: "")
+    assert actreg_jax._is_for_cupy(reg, array("gpu"))
+    assert not actreg_jax._is_for_cupy(reg, array("cpu"))
+    assert not actreg_jax._is_for_cupy(reg, array("gpu", devices=2))
+    assert not actreg_jax._is_for_cupy(reg, array("gpu", dtype="bfloat16"))
+    with use_backend("numpy"):
+        assert not actreg_jax._is_for_cupy(reg, array("gpu"))
+    monkeypatch.setattr(actreg_jax, "why_unavailable", lambda name: "no device")
+    assert not actreg_jax._is_for_cupy(reg, array("gpu"))
 
 
 def test_results_are_where_the_activations_are_and_a_sharded_array_is_taken_as_a_whole(python):
