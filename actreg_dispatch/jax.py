@@ -92,8 +92,8 @@ def penalty(
     ``jacfwd``) of the penalty itself is refused by JAX. Derivatives of the gradient, in either
     mode, are right to rounding, computed by JAX; with them ``jax.hessian`` works.
 
-    So is the gradient with respect to weights that are floating: |x|, x² or what the norm makes of
-    them, where a weight is 0 as elsewhere, but 0 if the element is not finite. A mask has none.
+    So is the gradient with respect to floating weights. It is that of the formula where a weight is
+    0, too, except that an element which is left out and not finite gives 0. A mask has no gradient.
 
     Under ``vmap`` the examples are computed one after the other, at some 4 µs each or more.
 
@@ -463,12 +463,13 @@ def _(x: Any, a: Any) -> Any:
     return jnp.where(x > 0, a, jnp.where(x < 0, -a, 0))
 
 
-def _called_back(options: Options, x: Any, w: Any, *scale: Any) -> Any:
-    """Return the penalty alone, or with ``scale``, as ``number, scale``, the gradient, too."""
-    number, factor = scale or (None, None)
+def _called_back(
+    options: Options, x: Any, w: Any, number: float | None = None, scale: Any = None
+) -> Any:
+    """Return the penalty alone, or with ``scale`` the gradient, too."""
     weights = None if w is None else (w.shape, w.dtype)
-    call = _callback(options, x.shape, x.dtype, weights, number, bool(scale))
-    return call(x, factor if number is None else None, w)
+    call = _callback(options, x.shape, x.dtype, weights, number, scale is not None)
+    return call(x, scale if number is None else None, w)
 
 
 @functools.lru_cache(maxsize=256)  # JAX compiles anew for what is not the same function
@@ -533,7 +534,7 @@ def _callback(
                         found = reg.apply(x[example], gradient, scale=number, weights=given)
                     else:
                         found = reg.penalty(x[example], weights=given)
-                except ValueError:  # which only values of weights can be the reason of
+                except ValueError:  # the values of weights, for all else has been checked
                     if w is None:
                         raise
                     found = math.nan
@@ -541,15 +542,15 @@ def _callback(
 
     fixed = 1.0 if number is None else number
 
-    def taken(x: Any, scale: Any, w: Any) -> tuple[Any, Any, Any]:
+    def on_host(x: Any, scale: Any, w: Any) -> tuple[Any, Any, Any]:
         scale = np.asarray(fixed if scale is None else scale)
         return np.asarray(x), scale, None if w is None else np.asarray(w)
 
     def in_place(context: Any, out: Any, *operands: Any) -> None:
-        fill([np.asarray(buffer) for buffer in out], *taken(*operands))
+        fill([np.asarray(buffer) for buffer in out], *on_host(*operands))
 
     def by_value(*operands: Any) -> Any:
-        x, scale, w = taken(*operands)
+        x, scale, w = on_host(*operands)
         batches = [x.shape[: x.ndim - len(shape)], scale.shape]
         if weights is not None:
             batches.append(w.shape[: w.ndim - len(weights[0])])
