@@ -41,7 +41,7 @@ def gradient_expression(
     where : callable
         The library's ``where(condition, a, b)``.
     weights : array, optional
-        Of the compute dtype, broadcasting to ``x``, whose elements of weight 0 must be finite.
+        Of the compute dtype, broadcasting to ``x``; where they are 0, ``x / unit`` is finite.
     """
     if weights is not None:
         lam = tuple(each * weights for each in lam)
@@ -82,7 +82,9 @@ def _gradient_at(
     one, scaled = unit / unit, x / unit
     powers = {1: scaled * signed(one, scaled), 2: scaled * scaled}  # |x| with derivative 0 at 0
     if weights is not None:
-        powers = {degree: weights * power for degree, power in powers.items()}
+        for degree, power in powers.items():  # what is left out may be beyond the range
+            summed = where((weights != 0) | (power - power == 0), power, one)
+            powers[degree] = weights * summed
     sums = [(powers[degree].sum(), degree) for degree in norm.terms]
     lams = tuple(_Scaled(each, 0, unit) for each in lam)
 

@@ -93,7 +93,8 @@ def penalty(
     mode, are right to rounding, computed by JAX; with them ``jax.hessian`` works.
 
     So is the gradient with respect to floating weights. It is that of the formula where a weight is
-    0, too, except that an element which is left out and not finite gives 0. A mask has no gradient.
+    0, too, except that an element which is left out gives 0 if it is not finite, or is not when
+    divided by the largest of the others. A mask has no gradient.
 
     Under ``vmap`` the examples are computed one after the other, at some 4 µs each or more.
 
@@ -429,18 +430,18 @@ def _expressed(expression: Any, options: Options, x: Any, w: Any) -> Any:
     count = count_of(options.reduction, x.shape)
     lam, _, epsilon = constants_of(options, x.dtype, count)
     lams = tuple(jnp.asarray(each, x.dtype) for each in lam)
-    shares = jnp.ones((), x.dtype)
+    size = jnp.abs(x)
     if w is not None:
         if _is_mask(w):
             factor = (count / _kept_of(options, jnp.broadcast_to(w, x.shape))).astype(x.dtype)
             lams = tuple(each * factor for each in lams)
         w = w.astype(x.dtype)
-        x = jnp.where((w != 0) | jnp.isfinite(x), x, 0)
-        # What is left out is not summed, but its weight has a gradient, so it must stay in range.
-        shares = jnp.where(w != 0, shares, 2.0**-60)
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x) * shares))
+        size = jnp.where(w != 0, size, 0)
+    largest = jax.lax.stop_gradient(jnp.max(size))
     usual = (largest >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest)
     unit = jnp.where(usual, largest, 1)
+    if w is not None:
+        x = jnp.where((w != 0) | jnp.isfinite(x / unit), x, 0)
     return expression(options.norm, x, unit, lams, epsilon, jnp.where, w)
 
 

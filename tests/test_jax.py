@@ -740,7 +740,7 @@ def test_a_decoder_whose_norms_are_weights_is_trained_by_its_penalty():
 
 @norms
 @pytest.mark.parametrize("left_out", [np.nan, np.inf, -np.inf, 3e38])
-def test_what_weighs_nothing_is_left_out_of_all_derivatives(norm, left_out):
+def test_elements_of_weight_zero_are_left_out_of_all_derivatives(norm, left_out):
     x, w = jnp.asarray([3.0, left_out, -4.0], "float32"), jnp.asarray([1.0, 0.0, 2.0], "float32")
     reg = ActivityRegularization(0.1, norm)
 
