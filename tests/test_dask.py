@@ -179,6 +179,169 @@ def test_partial_sums_are_lazy_and_add_up_with_any_others(norm, values):
         reg.finish(lazy)
 
 
+# Weights.
+
+
+def weights_of(shape, dtype, seed=5):
+    """Return weights of which some are 0."""
+    rng = np.random.default_rng(seed)
+    return np.asarray(rng.random(shape) * (rng.random(shape) < 0.7)).astype(dtype)
+
+
+WEIGHTS = {"full": (12, 10), "features": (10,), "rows": (12, 1), "one": (1, 1), "0-d": ()}
+
+
+@norms
+@pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("dtype", [bool, np.float64])
+@pytest.mark.parametrize("chunks", [(5, 3), (12, 10), (1, 4)])
+def test_weights_have_the_bits_of_the_whole_array(norm, shape, dtype, chunks, values):
+    w = weights_of(shape, dtype)
+    for reduction in ("sum", "mean", "batch", 1):
+        reg = ActivityRegularization(0.1, norm, reduction=reduction)
+        activations = da.from_array(values, chunks=chunks)
+        own = tuple(
+            1 if w.shape[axis] == 1 else activations.chunks[axis] for axis in range(-w.ndim, 0)
+        )
+        weights = da.from_array(w, chunks=own)
+        with dask.config.set(scheduler=no_computing):
+            lazy = reg.penalty_and_gradient(activations, scale=2.0, weights=weights)
+            total = reg.partial_sum(activations, weights=weights)
+            alone = reg.penalty(activations, weights=weights)
+        assert (alone.name, lazy[1].chunks) == (lazy[0].name, activations.chunks)
+        expected = reg.penalty_and_gradient(values, scale=2.0, weights=w)
+        assert bits(*dask.compute(*lazy)) == bits(*expected)
+        assert total.compute() == reg.partial_sum(values, weights=w)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_weights_of_the_compute_dtype_and_of_that_of_the_activations(dtype, values):
+    x, reg = (values * 1e-8).astype(dtype), ActivityRegularization.l2(0.1)
+    for w in (weights_of(10, dtype), weights_of((12, 10), np.float32)):
+        lazy = reg.penalty_and_gradient(
+            da.from_array(x, chunks=5), weights=da.from_array(w, chunks=5)
+        )
+        assert bits(*dask.compute(*lazy)) == bits(*reg.penalty_and_gradient(x, weights=w))
+
+
+def test_weights_of_other_chunks_are_rechunked_and_activations_never(values):
+    reg, w = ActivityRegularization.l2(0.1), weights_of((12, 10), np.float64)
+    activations = da.from_array(values, chunks=(5, 3))
+    expected = bits(*reg.penalty_and_gradient(values, weights=w))
+    for chunks in (12, (1, 10), ((4, 0, 8), (10,))):
+        lazy = reg.penalty_and_gradient(activations, weights=da.from_array(w, chunks=chunks))
+        assert lazy[1].chunks == activations.chunks
+        assert bits(*dask.compute(*lazy)) == expected
+
+
+@pytest.mark.usefixtures("registered")
+def test_weights_that_are_broadcast_are_never_expanded(values):
+    largest = []
+
+    class Spy(ReferenceBackend):
+        name = "spy"
+
+        def partial_sum(self, activations, norm, weights=None):
+            largest.append(weights.strides)
+            return super().partial_sum(activations, norm, weights)
+
+    registry.register_backend("spy", Spy, array_type="numpy.ndarray")
+    weights = da.from_array(weights_of((12, 1), np.float64), chunks=(4, 1))
+    activations = da.from_array(values, chunks=(4, 10))
+    ActivityRegularization(0.1, backend="spy").penalty(activations, weights=weights).compute()
+    assert largest == [(8, 0)] * 3
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch", -1])
+@pytest.mark.parametrize("dtype", [bool, np.float64])
+def test_weights_of_unknown_lengths(reduction, dtype, values):
+    rows = values[:, 0] > 0
+    chosen = da.from_array(rows, chunks=5)
+    activations = da.from_array(values, chunks=(5, 3))[chosen]
+    reg = ActivityRegularization(0.1, "l2", reduction=reduction)
+    for shape in ((12, 10), (12, 1), (10,), (1, 10)):
+        w = weights_of(shape, dtype)
+        weights = da.from_array(w, chunks=tuple({12: 5, 10: 3, 1: 1}[n] for n in shape))
+        if shape[0] == 12:
+            w, weights = w[rows], weights[chosen]
+        with dask.config.set(scheduler=no_computing):
+            lazy = reg.penalty_and_gradient(activations, weights=weights)
+        expected = reg.penalty_and_gradient(values[rows], weights=w)
+        assert bits(*dask.compute(*lazy)) == bits(*expected)
+
+
+def test_unknown_lengths_that_do_not_match_are_refused(values):
+    reg = ActivityRegularization(0.1)
+    activations = da.from_array(values, chunks=(5, 10))
+    some = activations[activations[:, 0] > 0]
+    with pytest.raises(ValueError, match=r"weights have 2 chunks along axis -2 and activations 3"):
+        reg.penalty(some, weights=da.ones((12, 1), chunks=(6, 1)))
+    one_each = da.ones((3, 1), chunks=1)  # which no task may broadcast
+    for lazy in reg.penalty_and_gradient(some, weights=one_each):
+        with pytest.raises(ValueError, match=r"weights have a chunk of.*call compute_chunk_sizes"):
+            lazy.compute()
+
+
+def test_what_weighs_nothing_is_left_out_in_any_chunk(values):
+    x, mask = values.copy(), values > 0
+    x[~mask] = math.nan
+    reg = ActivityRegularization.l2(0.1, reduction="mean")
+    lazy = reg.penalty_and_gradient(
+        da.from_array(x, chunks=4), weights=da.from_array(mask, chunks=4)
+    )
+    assert bits(*dask.compute(*lazy)) == bits(*reg.penalty_and_gradient(x, weights=mask))
+    assert not lazy[1].compute()[~mask].any()
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan])
+def test_bad_weights_raise_in_the_task(norm, bad, values):
+    w = np.ones((12, 10))
+    w[11, 9] = bad
+    reg = ActivityRegularization(0.1, norm)
+    weights = da.from_array(w, chunks=5)
+    lazy = reg.penalty_and_gradient(da.from_array(values, chunks=5), weights=weights)
+    for each in lazy:
+        with pytest.raises(ValueError, match=r"weights have .*use 0 to leave an element out"):
+            each.compute()
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (np.ones(10), MixedArraysError, r"weights are a numpy\.ndarray .*dask\.array\.from_array"),
+        ([1.0], MixedArraysError, r"weights are a builtins\.list but activations a dask\.array"),
+        (da.ones(12), ValueError, r"weights have shape \(12,\), which does not broadcast to \(12,"),
+        (da.ones((1, 12, 10)), ValueError, "does not broadcast"),
+        (da.ones(10, dtype=np.float32), TypeError, "weights have dtype float32, but activations"),
+        (da.ones(10, dtype=int), TypeError, "weights have dtype int64; convert them"),
+        (da.ma.masked_greater(da.ones(10), 3), TypeError, "weights are a masked array"),
+    ],
+    ids=["NumPy", "list", "shape", "axes", "float32", "int", "masked"],
+)
+def test_weights_that_do_not_fit_are_refused_when_the_graph_is_built(
+    weights, error, message, values
+):
+    reg, activations = ActivityRegularization.l1(0.1), da.from_array(values, chunks=5)
+    for call in (reg.penalty, reg.penalty_and_gradient, reg.partial_sum):
+        with pytest.raises(error, match=message):
+            call(activations, weights=weights)
+
+
+def test_equal_weights_have_equal_names_and_no_others(values):
+    reg, activations = ActivityRegularization.l2(0.1), da.from_array(values, chunks=5)
+
+    def names(weights):
+        penalty, gradient = reg.penalty_and_gradient(activations, weights=weights)
+        return penalty.name, gradient.name, reg.partial_sum(activations, weights=weights).key
+
+    each = [None, da.ones(10), da.ones(10, dtype=bool), da.ones((12, 10)), da.zeros(10)]
+    distinct = [names(weights) for weights in each]
+    for kind in zip(*distinct, strict=True):
+        assert len(set(kind)) == len(each)
+    assert [names(weights) for weights in each] == distinct
+
+
 # Laziness, graphs and names.
 
 
@@ -388,6 +551,8 @@ def test_updates_in_place_are_refused_and_the_functional_form_is_named(values):
     reg = ActivityRegularization.l1(0.1)
     with pytest.raises(TypeError, match=r"gradients .*reg.penalty_and_gradient\(activations\)"):
         reg.apply(activations, gradients)
+    with pytest.raises(TypeError, match=r"gradients .*reg.penalty_and_gradient\(activations\)"):
+        reg.apply(activations, gradients, weights=activations)
     with pytest.raises(TypeError, match=r"gradients .*dask.array.map_blocks"):
         reg.add_gradient(activations, gradients)
     with pytest.raises(TypeError, match=r"out .*leave it out.*dask.array.store"):
@@ -543,6 +708,11 @@ for norm in ActivityNorm:
     assert penalty.compute() == expected[0]
     assert (gradient.compute() == expected[1]).all()
     assert reg.partial_sum(activations).compute() == reg.partial_sum(values)
+    for w in (values[0] > 0, abs(values)):
+        expected = reg.penalty_and_gradient(values, weights=w)
+        found = reg.penalty_and_gradient(activations, weights=da.from_array(w, chunks=(3, 4)[-w.ndim :]))
+        assert found[0].compute() == expected[0]
+        assert (found[1].compute() == expected[1]).all()
 print("same")
 """
     done = python("-c", code, DASK_ARRAY__QUERY_PLANNING="True")
