@@ -10,7 +10,7 @@ import numpy as np
 from actreg_dispatch.layout import each_once
 from actreg_dispatch.options import Reduction, divided_axes
 
-__all__ = ["check_weight_values", "kept_of"]
+__all__ = ["check_weight_values", "first_bad", "kept_of"]
 
 
 def check_weight_values(weights: Any, name: str = "weights") -> None:
@@ -23,17 +23,22 @@ def check_weight_values(weights: Any, name: str = "weights") -> None:
     ValueError
         If there is one.
     """
+    place = first_bad(weights)
+    if place is not None:
+        raise ValueError(
+            f"{name} have {weights[place]} at {place}, but must be finite and >= 0; "
+            f"use 0 to leave an element out"
+        )
+
+
+def first_bad(weights: Any) -> tuple[int, ...] | None:
+    """Return where weights are negative or not finite, if they are an array of NumPy."""
     if not isinstance(weights, np.ndarray) or weights.dtype.kind == "b" or not weights.size:
-        return
+        return None
     each = each_once(weights)
     with np.errstate(invalid="ignore"):
         bad = ~((each >= 0) & (each < math.inf))
-    if bad.any():
-        place = tuple(int(axis[0]) for axis in np.nonzero(bad))
-        raise ValueError(
-            f"{name} have {each[place]} at {place}, but must be finite and >= 0; "
-            f"use 0 to leave an element out"
-        )
+    return tuple(int(axis[0]) for axis in np.nonzero(bad)) if bad.any() else None
 
 
 def kept_of(reduction: Reduction, mask: Any, name: str = "activations") -> int:

@@ -710,7 +710,8 @@ for norm in ActivityNorm:
     assert reg.partial_sum(activations).compute() == reg.partial_sum(values)
     for w in (values[0] > 0, abs(values)):
         expected = reg.penalty_and_gradient(values, weights=w)
-        found = reg.penalty_and_gradient(activations, weights=da.from_array(w, chunks=(3, 4)[-w.ndim :]))
+        weights = da.from_array(w, chunks=(3, 4)[-w.ndim :])
+        found = reg.penalty_and_gradient(activations, weights=weights)
         assert found[0].compute() == expected[0]
         assert (found[1].compute() == expected[1]).all()
 print("same")

@@ -440,6 +440,169 @@ def test_read_only_and_missing_files_are_refused(tmp_path):
         files.penalty(reg, tmp_path / "pipe")
 
 
+# Weights.
+
+
+def weights_of(shape, dtype, order="C", seed=3):
+    """Return weights, or a mask, of which some are 0."""
+    rng = np.random.default_rng(seed)
+    weights = np.asarray(rng.random(shape) * (rng.random(shape) < 0.7))
+    return np.asarray(weights.astype(dtype), order=order)
+
+
+WEIGHTS = {
+    "full": (9, 7, 13),
+    "last": (13,),
+    "middle": (7, 1),
+    "first": (9, 1, 1),
+    "first and last": (9, 1, 13),
+    "0-d": (),
+}
+weight_shapes = pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
+
+
+@weight_shapes
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32, foreign", "float64"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_weights_have_the_bits_of_exact_arithmetic(tmp_path, shape, dtype, order):
+    dtype, asked = DTYPES[dtype], ASKED.get(DTYPES[dtype])
+    native = dtype.newbyteorder("=")
+    x, g = (np.asarray(values_of((9, 7, 13), dtype, seed), order=order) for seed in (1, 2))
+    for kind in (dtype, np.dtype(np.float64 if native == np.float64 else np.float32), bool):
+        w = weights_of(shape, kind, order)
+        for norm in (ActivityNorm.L1, ActivityNorm.L2):
+            penalty, updated = exact_result(
+                x.astype(native), g.astype(native), norm, 0.1, scale=3.0, weights=w
+            )
+            paths = saved(tmp_path, x=x, g=g, w=w)
+            reg = ActivityRegularization(0.1, norm)
+            alone = files.penalty(reg, paths[0], weights=paths[2], dtype=asked)
+            found = files.apply(reg, *paths[:2], weights=paths[2], scale=3.0, dtype=asked)
+            assert alone.penalty.tobytes() == found.penalty.tobytes() == penalty.tobytes()
+            left = np.load(paths[1]).view(dtype).astype(native)
+            assert left.tobytes() == updated.tobytes()
+
+
+@weight_shapes
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("reduction", ["mean", "batch", -1, (0, 2), (2, 1)])
+def test_reductions_divide_by_what_a_mask_keeps(tmp_path, norm, shape, order, reduction):
+    x, g = (np.asarray(values_of((9, 7, 13), np.float64, seed), order=order) for seed in (1, 2))
+    reg = ActivityRegularization(0.1, norm, reduction=reduction)
+    mask = weights_of(shape, bool, order)
+    if mask.ndim:
+        mask[..., :5] = mask[:1] = False
+    for w in (mask, weights_of(shape, np.float64, order)):
+        paths = saved(tmp_path, x=x, g=g, w=w)
+        found = files.apply(reg, *paths[:2], weights=paths[2])
+        updated = g.copy(order="K")
+        assert reg.apply(x, updated, weights=w) == found.penalty
+        assert files.penalty(reg, paths[0], weights=paths[2]).penalty == found.penalty
+        assert_same_bits(np.load(paths[1]), updated)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2), (), (1, 700, 1)])
+def test_weights_of_empty_and_zero_dimensional_files(tmp_path, shape):
+    x, g = np.full(shape, -2.0), np.ones(shape)
+    for w in (np.full(shape, 0.5), np.asarray(True), np.ones(shape, bool)):
+        paths = saved(tmp_path, x=x, g=g, w=w)
+        for reduction in ("sum", "mean"):
+            reg, before = ActivityRegularization(0.1, "l2", reduction=reduction), np.load(paths[1])
+            found = files.apply(reg, *paths[:2], weights=paths[2])
+            assert found.penalty == reg.apply(x, before, weights=w)
+            assert_same_bits(np.load(paths[1]), before)
+
+
+def test_what_weighs_nothing_is_left_out_whatever_it_is(tmp_path):
+    x, mask = values_of(700, np.float32), weights_of(700, bool)
+    x[~mask] = math.nan
+    paths = saved(tmp_path, x=x, g=np.ones_like(x), w=mask)
+    penalty, updated = exact_result(x, np.ones_like(x), ActivityNorm.L2, 0.1, weights=mask)
+    found = files.apply(ActivityRegularization.l2(0.1), *paths[:2], weights=paths[2])
+    assert found.penalty == penalty
+    assert_same_bits(np.load(paths[1]), updated)
+
+
+def test_bytes_and_passes_of_weights_are_counted(tmp_path):
+    x, steps = values_of(1000, np.float32), []
+    paths = saved(tmp_path, x=x, g=x, w=weights_of(1000, np.float32), m=weights_of(1000, bool))
+
+    def found(function, *paths, reg="l1", **options):
+        steps.clear()
+        reg = ActivityRegularization(0.1, reg, reduction="mean")
+        result = function(reg, *paths, progress=lambda step, *_: steps.append(step), **options)
+        return result.bytes, result.passes, list(dict.fromkeys(steps))
+
+    x, g, w, m = paths
+    assert found(files.penalty, x, weights=w) == (8000, 1, ["sum"])
+    assert found(files.penalty, x, weights=m) == (6000, 1, ["weights", "sum"])
+    assert found(files.apply, x, g, weights=w) == (20_000, 1, ["weights", "update"])
+    assert found(files.apply, x, g, weights=w, reg="l2") == (24_000, 2, ["sum", "update"])
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan])
+@pytest.mark.parametrize(
+    ("shape", "place"),
+    [((9, 7, 13), (8, 2, 5)), ((7, 13), (2, 5)), ((9, 1, 1), (8, 0, 0)), ((), ())],
+    ids=str,
+)
+def test_bad_weights_are_refused_before_anything_is_written(tmp_path, norm, bad, shape, place):
+    for order in "CF":
+        x, w = np.asarray(values_of((9, 7, 13), np.float32), order=order), np.ones(shape, "f4")
+        w[place] = bad
+        paths = saved(tmp_path, x=x, g=x, w=np.asarray(w, order=order))
+        before, reg = [path.read_bytes() for path in paths], ActivityRegularization(0.1, norm)
+        message = rf"weights .*w.npy have {bad} at {re.escape(str(place))}.*use 0 to leave"
+        with pytest.raises(files.FilesError, match=message):
+            files.penalty(reg, paths[0], weights=paths[2])
+        with pytest.raises(files.FilesError, match=message):
+            files.apply(reg, *paths[:2], weights=paths[2])
+        assert_untouched(paths, before)
+
+
+UNFIT_WEIGHTS = {
+    "shape": (np.ones(20, np.float32), {}, "shape (20,), which does not broadcast to (20, 30)"),
+    "axes": (np.ones((1, 20, 30), np.float32), {}, "does not broadcast"),
+    "dtype": (np.ones(30), {}, "weights have dtype float64, but activations have float32"),
+    "integers": (np.ones(30, int), {}, "int64; convert them to bool, float16, float32 or float64"),
+    "order": (np.asfortranarray(FITTING), {}, "stored in F order but activations in C order"),
+    "one file": (None, {}, "are one file; the update would change its own input"),
+    "pickled": (_pickled(), {}, "never loaded"),
+}
+
+
+@pytest.mark.parametrize(("w", "options", "message"), UNFIT_WEIGHTS.values(), ids=UNFIT_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused(tmp_path, w, options, message):
+    paths = saved(tmp_path, x=FITTING, g=FITTING, w=FITTING)
+    if isinstance(w, bytes):
+        paths[2].write_bytes(w)
+    elif w is not None:
+        np.save(paths[2], w)
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)) as refusal:
+        files.apply(
+            ActivityRegularization(0.1), *paths[:2], weights=paths[1 if w is None else 2], **options
+        )
+    assert str(refusal.value).startswith("weights")
+    assert_untouched(paths, before)
+
+
+def test_weights_are_a_path_to_a_file_that_exists(tmp_path):
+    (path,) = saved(tmp_path, x=FITTING)
+    reg = ActivityRegularization(0.1)
+    with pytest.raises(TypeError, match=r"weights are a ndarray; pass the path of a \.npy file"):
+        files.penalty(reg, path, weights=FITTING)
+    with pytest.raises(files.FilesError, match=r"weights .*none\.npy' do not exist; name a"):
+        files.penalty(reg, path, weights=tmp_path / "none.npy")
+
+
+def test_activations_may_weigh_themselves(tmp_path):
+    (path,) = saved(tmp_path, x=np.full(300, 2.0))
+    assert files.penalty(ActivityRegularization.l1(0.5), path, weights=path).penalty == 600
+
+
 # Interruption.
 
 
@@ -774,6 +937,45 @@ def test_a_signal_before_the_first_block_leaves_all_untouched(tmp_path, monkeypa
     assert capsys.readouterr().err == "actreg: interrupted\n"
 
 
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("shape", [(50, 23), (50, 1)])
+def test_with_weights_it_is_resumed_wherever_it_died(tmp_path, norm, shape, monkeypatch):
+    x, g = values_of((50, 23), np.float32, 1), values_of((50, 23), np.float32, 2)
+    w, reg, deaths = weights_of(shape, np.float32), ActivityRegularization(0.1, norm), 0
+    penalty, updated = exact_result(x, g, ActivityNorm(norm), 0.1, weights=w)
+    for last in range(3, 1000):
+        *paths, weights = saved(tmp_path, x=x, g=g, w=w)
+        Mortal(monkeypatch, last)
+        try:
+            found = files.apply(reg, *paths, weights=weights)
+        except Died:
+            deaths += 1
+            Mortal(monkeypatch, 0)
+            found = files.apply(reg, *paths, weights=weights, resume=True)
+        else:
+            break
+        assert found.penalty == penalty
+        assert_same_bits(np.load(paths[1]), updated)
+    assert deaths > 15
+
+
+def test_other_weights_are_not_resumed(tmp_path, monkeypatch):
+    x, g = values_of(900, np.float32, 1), values_of(900, np.float32, 2)
+    w = weights_of(900, np.float32)
+    *paths, weights, same = saved(tmp_path, x=x, g=g, w=w, same=w)
+    with monkeypatch.context() as patch:
+        Mortal(patch, 12)
+        with pytest.raises(Died):
+            files.apply(ActivityRegularization(0.5), *paths, weights=weights)
+    before = paths[1].read_bytes()
+    for other in (None, same, paths[0]):
+        with pytest.raises(files.FilesError, match=r"is of an update with weights \{.*, not "):
+            files.apply(ActivityRegularization(0.5), *paths, weights=other, resume=True)
+    assert paths[1].read_bytes() == before
+    files.apply(ActivityRegularization(0.5), *paths, weights=weights, resume=True)
+    assert_same_bits(np.load(paths[1]), exact_result(x, g, ActivityNorm.L1, 0.5, weights=w)[1])
+
+
 # The command line.
 
 
@@ -807,6 +1009,22 @@ def test_a_line_or_json(tmp_path, capsys):
     }
     assert main(["apply", *paths, *options]) == 0
     assert f"gradient added to {paths[1]}; " in capsys.readouterr().out
+
+
+def test_weights_are_told(tmp_path, capsys):
+    x, w = values_of((20, 45), np.float32, 1), weights_of((20, 1), bool)
+    x_path, g_path, w_path = map(str, saved(tmp_path, x=x, g=x, w=w))
+    penalty = ActivityRegularization.l1(0.5, reduction="mean").penalty(x, weights=w)
+    options = ["--lam", "0.5", "--reduction", "mean", "--weights", w_path]
+    assert main(["penalty", x_path, *options]) == 0
+    line = f"penalty {float(penalty)!r} (l1, λ = 0.5, 900 float32, weights {w_path}); "
+    assert capsys.readouterr().out.startswith(line)
+    assert main(["apply", x_path, g_path, *options, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["penalty"], told["weights"]) == (float(penalty), w_path)
+    np.save(w_path, np.full((20, 1), -1.0, np.float32))
+    assert main(["apply", x_path, g_path, *options]) == 2
+    assert "have -1.0 at (0, 0), but must be finite and >= 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", ["inf", "nan"])
@@ -1101,6 +1319,51 @@ def test_bfloat16_in_zarr(zarr, tmp_path):
     assert found.penalty == penalty
     left = zarr.open_array(paths[1], mode="r")[...]
     assert left.tobytes() == updated.tobytes()
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", [(31, 41), (41,), (31, 1), ()], ids=str)
+def test_weights_in_zarr(zarr, tmp_path, norm, layout, shape):
+    x, g = (values_of((31, 41), np.float32, seed) for seed in (1, 2))
+    for w in (weights_of(shape, np.float32), weights_of(shape, bool)):
+        paths = [
+            stored(zarr, tmp_path / name, values, overwrite=True, **options)
+            for name, values, options in zip("xg", (x, g), layout, strict=True)
+        ]
+        weights = stored(zarr, tmp_path / "w", w, w.shape and (6,) * w.ndim, overwrite=True)
+        for reduction in ("sum", "mean", 1):
+            reg = ActivityRegularization(0.1, norm, reduction=reduction)
+            found = files.penalty(reg, paths[0], weights=weights)
+            assert found.penalty == reg.penalty(x, weights=w)
+        before = g.copy()
+        assert files.apply(reg, *paths, weights=weights).penalty == reg.apply(x, before, weights=w)
+        assert_same_bits(zarr.open_array(paths[1], mode="r")[...], before)
+
+
+def test_weights_that_broadcast_may_be_of_another_format_and_others_not(zarr, tmp_path):
+    x = values_of((31, 41), np.float32)
+    w, reg = weights_of((31, 41), np.float32), ActivityRegularization(0.1)
+    npy, full, row = saved(tmp_path, x=x, w=w, row=w[0])
+    inside = [
+        stored(zarr, tmp_path / name, v, (6,) * v.ndim) for name, v in (("x", x), ("w", w[0]))
+    ]
+    assert files.penalty(reg, inside[0], weights=row).penalty == reg.penalty(x, weights=w[0])
+    assert files.penalty(reg, npy, weights=inside[1]).penalty == reg.penalty(x, weights=w[0])
+    with pytest.raises(files.FilesError, match=r"activations .* are a Zarr store but weights .* a"):
+        files.penalty(reg, inside[0], weights=full)
+
+
+def test_bad_weights_in_zarr_are_refused_before_anything_is_written(zarr, tmp_path):
+    x, w = values_of((31, 41), np.float32), np.ones((31, 41), np.float32)
+    w[30, 7] = -1
+    paths = [
+        stored(zarr, tmp_path / name, v, (10, 10)) for name, v in zip("xgw", (x, x, w), strict=True)
+    ]
+    for norm in ("l1", "l2"):
+        with pytest.raises(files.FilesError, match=r"have -1.0 at \(30, 7\), but must be finite"):
+            files.apply(ActivityRegularization(0.1, norm), *paths[:2], weights=paths[2])
+    assert_same_bits(zarr.open_array(paths[1], mode="r")[...], x)
 
 
 def test_folders_that_do_not_fit_are_refused(zarr, tmp_path):

@@ -108,6 +108,13 @@ def _add_files(commands: Any) -> None:
             metavar="{sum,mean,batch} or AXIS,...",
             help="what λ is divided by: nothing, elements, or lengths of axes (default: sum)",
         )
+        command.add_argument(
+            "--weights",
+            type=Path,
+            metavar="FILE",
+            help="what the elements weigh, >= 0, or a mask: a file of the same format and shape, "
+            "or of one that broadcasts",
+        )
         if command is apply:
             command.add_argument(
                 "--scale", type=float, default=1.0, help="multiplies the gradient (default: 1)"

@@ -45,7 +45,11 @@ def main(options: argparse.Namespace) -> int:
             backend=options.backend,
         )
         with _signals() as check, _bar(check) as progress:
-            common: dict[str, Any] = {"dtype": options.dtype, "progress": progress}
+            common: dict[str, Any] = {
+                "weights": options.weights,
+                "dtype": options.dtype,
+                "progress": progress,
+            }
             if writes:
                 common |= {"scale": options.scale, "resume": options.resume}
                 result = apply(reg, options.activations, options.gradients, **common)
@@ -81,6 +85,8 @@ def _as_json(result: Result, reg: ActivityRegularization, options: argparse.Name
         "epsilon": reg.epsilon,
         "reduction": reg.reduction,
     }
+    if options.weights is not None:
+        told["weights"] = str(options.weights)
     if options.gradients is not None:
         told["scale"] = options.scale if math.isfinite(options.scale) else repr(options.scale)
     told |= {k: v for k, v in dataclasses.asdict(result).items() if k != "penalty"}
@@ -95,9 +101,10 @@ def _as_line(result: Result, reg: ActivityRegularization, options: argparse.Name
     )
     size = f"{result.bytes / unit:.3g} {name} in {result.seconds:.3g} s"
     where = "" if options.gradients is None else f", gradient added to {options.gradients}"
+    weighed = "" if options.weights is None else f", weights {options.weights}"
     return (
         f"penalty {float(result.penalty)!r} ({reg.options.norm.name}, λ = {reg.lam!r}, "
-        f"{result.elements} {result.dtype}){where}; {size}, {result.backend}"
+        f"{result.elements} {result.dtype}{weighed}){where}; {size}, {result.backend}"
     )
 
 

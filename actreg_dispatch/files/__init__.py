@@ -9,13 +9,17 @@ on the command line.
 only read, a window of :data:`WINDOW_BYTES` into the system's page cache, which is not memory of the
 process; where gradients are updated, blocks of :data:`BLOCK_BYTES` (64 MiB), one of activations and
 one of gradients, each twice if they are of foreign byte order or not aligned. The backend
-``"numpy"`` makes temporaries of up to ten blocks more. Of a Zarr array a block is as many chunks as
-fit, but at least one (of the gradients one shard, if there are any, as that is what can be
-written), and Zarr takes some of their size again to decode them.
+``"numpy"`` makes temporaries of up to ten blocks more. Weights of the full shape take a block of
+their own, of as many elements; those that are broadcast are kept as a whole. Of a Zarr array a
+block is as many chunks as fit, but at least one (of the gradients one shard, if there are any, as
+that is what can be written), and Zarr takes some of their size again to decode them.
 
 **Passes.** Activations are read once; for :func:`apply` twice by norms whose gradient needs the
 sums, as that of ``"l2"`` divides by ‖x‖. One more pass, an exact sum, is needed where the quick sum
-leaves the rounding open, which is rare.
+leaves the rounding open, which is rare; sums with weights are exact at once. Weights of the full
+shape are read as often as the activations. They are read once more, alone and ahead, by
+:func:`apply` for norms of one pass, so that bad ones are found before anything is written; and
+wherever a mask has to be counted, as it says what ``reduction`` divides λ by.
 
 **Interruption.** Until the first gradient is written, the files are untouched. From then on the
 old values of the block under way are kept in a journal next to the gradients,
@@ -32,11 +36,12 @@ name that it was begun with.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -44,12 +49,14 @@ from typing import Any
 
 import numpy as np
 
-from actreg_dispatch.dispatch import resolve
+from actreg_dispatch.dispatch import checked_weights, resolve
 from actreg_dispatch.dtypes import compute_dtype
 from actreg_dispatch.files.journal import Journal, Updates, journal_of, left_behind
-from actreg_dispatch.files.stores import FilesError, Region, Store, open_store
+from actreg_dispatch.files.stores import Array, FilesError, Region, Store, check_layout, open_store
+from actreg_dispatch.files.weights import Weights
 from actreg_dispatch.norms import ActivityNorm, Norm
-from actreg_dispatch.options import Options
+from actreg_dispatch.options import Options, constants_of
+from actreg_dispatch.registry import NUMPY
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
 from actreg_dispatch.sums.certified import Outcome, merge_totals, round_if_certain
 from actreg_dispatch.sums.exact import outcome_of
@@ -100,6 +107,7 @@ def penalty(
     reg: ActivityRegularization,
     activations: str | os.PathLike[str],
     *,
+    weights: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -112,6 +120,9 @@ def penalty(
     activations : path
         A .npy file, in C or Fortran order, or the folder of a Zarr array; float16, float32 or
         float64 in any byte order, or bfloat16.
+    weights : path, optional
+        As for :meth:`ActivityRegularization.penalty`, in a file. Of the full shape, they are of the
+        same format and order; chunked in any way. Others are read as a whole.
     dtype : {"bfloat16"}, optional
         What the elements are if the file does not name it: NumPy stores bfloat16 as ``V2``.
     progress : callable, optional
@@ -125,7 +136,7 @@ def penalty(
     Raises
     ------
     FilesError, OSError
-        If the file is not such an array, or cannot be read.
+        If a file is not such an array, or cannot be read; or weights are negative or not finite.
     TypeError, ValueError, BackendError
         As for :meth:`ActivityRegularization.penalty`, or if an argument is of the wrong type.
 
@@ -141,12 +152,10 @@ def penalty(
     2.0
     """
     check_regularization(reg)
-    store = open_store("activations", _path("activations", activations), dtype)
-    try:
-        run = _Run(reg.options, store, 1.0, progress)
+    with contextlib.ExitStack() as opened:
+        x, w = _opened(opened, activations, weights, dtype)
+        run = _Run(reg.options, x, w, 1.0, progress)
         return run.result(run.sum())
-    finally:
-        store.close()
 
 
 def apply(
@@ -155,6 +164,7 @@ def apply(
     gradients: str | os.PathLike[str],
     *,
     scale: float = 1.0,
+    weights: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -163,7 +173,7 @@ def apply(
 
     Parameters
     ----------
-    reg, activations, dtype, progress
+    reg, activations, weights, dtype, progress
         As for :func:`penalty`.
     gradients : path
         A file of the same format, shape, dtype and order, chunked in any way. A journal lies next
@@ -187,18 +197,28 @@ def apply(
         If something failed later on. Mend it, and call again with ``resume=True``.
     """
     check_regularization(reg)
-    paths = _path("activations", activations), _path("gradients", gradients)
-    x = open_store("activations", paths[0], dtype)
-    try:
-        g = open_store("gradients", paths[1], dtype, writes=True)
-    except BaseException:
-        x.close()
-        raise
-    try:
-        return _apply(reg.options, x, g, scale, resume, progress)
-    finally:
-        x.close()
-        g.close()
+    path = _path("gradients", gradients)
+    with contextlib.ExitStack() as opened:
+        x, w = _opened(opened, activations, weights, dtype)
+        g = open_store("gradients", path, dtype, writes=True)
+        opened.callback(g.close)
+        return _apply(reg.options, x, w, g, scale, resume, progress)
+
+
+def _opened(
+    opened: contextlib.ExitStack, activations: Any, weights: Any, dtype: str | None
+) -> tuple[Store, Store | None]:
+    """Return the activations, and the weights, if there are any, to be closed with ``opened``."""
+    paths = (
+        _path("activations", activations),
+        None if weights is None else _path("weights", weights),
+    )
+    x, w = open_store("activations", paths[0], dtype), None
+    opened.callback(x.close)
+    if paths[1] is not None:
+        w = open_store("weights", paths[1], dtype, weighs=True)
+        opened.callback(w.close)
+    return x, w
 
 
 def _path(name: str, value: Any) -> str:
@@ -216,12 +236,15 @@ def _path(name: str, value: Any) -> str:
 def _apply(
     options: Options,
     x: Store,
+    w: Store | None,
     g: Store,
     scale: float,
     resume: bool,
     progress: Progress | None,
 ) -> Result:
     _check_pair(x, g)
+    if w is not None:
+        _check_two("weights", w, g)
     path, journal = journal_of(g.path), None
     if resume:
         journal = Journal.open(path)
@@ -230,13 +253,15 @@ def _apply(
     try:
         block_bytes = BLOCK_BYTES if journal is None else int(journal.about["block bytes"])
         regions = g.regions(block_bytes)
-        run = _Run(options, x, scale, progress)
-        about = _about(options, x, g, scale, block_bytes, regions)
+        run = _Run(options, x, w, scale, progress)
+        about = _about(options, x, w, g, scale, block_bytes, regions)
         if journal is not None:
             journal.check_same(about)
         found = run.sum() if options.norm.two_pass or not regions else None
         if found is not None and not (regions and found.has_gradient):
             return run.result(found)
+        if found is None:
+            run.check_weights()
         if journal is None:
             journal = Journal.create(path, about)
         try:
@@ -260,16 +285,7 @@ def _apply(
 
 def _check_pair(x: Store, g: Store) -> None:
     """Refuse two files that do not belong together."""
-    if Path(x.path).samefile(g.path):
-        raise FilesError(
-            f"activations {x.path} and gradients {g.path} are one file; the update would change "
-            f"its own input: pass a copy of one of them"
-        )
-    if x.format != g.format:
-        raise FilesError(
-            f"activations {x.path} are a {x.format} but gradients {g.path} a {g.format}; "
-            f"convert one of them"
-        )
+    _check_two("activations", x, g)
     if x.dtype.newbyteorder("=") != g.dtype.newbyteorder("="):
         raise FilesError(
             f"gradients {g.path} have dtype {g.dtype} but activations {x.dtype}; "
@@ -280,10 +296,15 @@ def _check_pair(x: Store, g: Store) -> None:
             f"gradients {g.path} have shape {g.shape} but activations {x.shape}; "
             f"shapes must be equal, nothing is broadcast"
         )
-    if x.order != g.order:
+    check_layout("gradients", g, x)
+
+
+def _check_two(name: str, read: Store, g: Store) -> None:
+    """Refuse gradients in the file of something that is read."""
+    if Path(read.path).samefile(g.path):
         raise FilesError(
-            f"gradients {g.path} are stored in {g.order} order but activations in {x.order} "
-            f"order; write one of them anew in the order of the other"
+            f"{name} {read.path} and gradients {g.path} are one file; the update would change "
+            f"its own input: pass a copy of one of them"
         )
 
 
@@ -297,6 +318,7 @@ def _defined(norm: Norm) -> str:
 def _about(
     options: Options,
     x: Store,
+    w: Store | None,
     g: Store,
     scale: float,
     block_bytes: int,
@@ -313,6 +335,7 @@ def _about(
         "dtype": str(x.dtype),
         "shape": list(x.shape),
         "activations": x.identity(content=True),
+        "weights": None if w is None else w.identity(content=True),
         "gradients": g.identity(content=False),
         "block bytes": block_bytes,
         "slot bytes": largest * g.dtype.itemsize,
@@ -327,7 +350,12 @@ class _Run:
     """One regularization, one file of activations, and what has been done so far."""
 
     def __init__(
-        self, options: Options, store: Store, scale: float, progress: Progress | None
+        self,
+        options: Options,
+        store: Store,
+        weights: Store | None,
+        scale: float,
+        progress: Progress | None,
     ) -> None:
         if progress is not None and not callable(progress):
             raise TypeError(
@@ -341,8 +369,37 @@ class _Run:
         self._compute: Any = compute_dtype(self._nothing.dtype)
         self._norm = options.norm
         self._backend, self._constants = resolve(options, self._nothing.dtype, store.shape, scale)
-        self._quick_start = self._backend.quick_sum(self._nothing, options.norm)
         self._passes = self._bytes = 0
+        self._weights: Weights | None = None
+        self._quick_start = None
+        if weights is None:
+            self._quick_start = self._backend.quick_sum(self._nothing, options.norm)
+            return
+        like = np.empty(0, weights.dtype.newbyteorder("="))
+        checked_weights(options, self._nothing, like, NUMPY)
+        self._weights = found = Weights(weights, store)
+        if found.is_mask and options.reduction != "sum":
+            count = found.kept(options.reduction, self._walked_weights(found))
+            self._constants = constants_of(options, self._nothing.dtype, count, scale)
+
+    def check_weights(self) -> None:
+        """Refuse bad weights, if there are any, before the pass that writes."""
+        weights = self._weights
+        if weights is not None and weights.is_full and not weights.is_mask:
+            for box, values in self._walked_weights(weights):
+                weights.refuse_bad(box, values)
+
+    def _walked_weights(self, weights: Weights) -> Iterator[tuple[Region, Array]]:
+        """Yield each box of weights of the full shape, which are read alone."""
+        done, whole = 0, weights.bytes_of(self._size)
+        for region in self._store.regions(BLOCK_BYTES):
+            for _, box, values in weights.pieces(region):
+                yield box, values
+            size = weights.bytes_of(_elements(region))
+            self._bytes += size
+            done += size
+            if self._progress is not None:
+                self._progress("weights", done, whole)
 
     def sum(self, updates: Updates | None = None) -> Outcome:
         """Sum the activations, and update the gradients of a norm of one pass on the way."""
@@ -353,10 +410,10 @@ class _Run:
         def quickly(x: Any, g: Any) -> None:
             totals.append(backend.quick_sum(x, norm, g, constants))
 
-        def exactly(x: Any, g: Any) -> None:
-            totals.append(backend.partial_sum(x, norm))
+        def exactly(x: Any, g: Any, *weights: Any) -> None:
+            totals.append(backend.partial_sum(x, norm, *weights))
             if g is not None:
-                backend.add_gradient(x, g, norm, constants, ())
+                backend.add_gradient(x, g, norm, constants, (), *weights)
 
         if self._quick_start is not None:
             self._visit(step, quickly, updates)
@@ -373,9 +430,10 @@ class _Run:
     def update(self, updates: Updates, coefficients: tuple[float, ...]) -> None:
         """Add the gradient, whose coefficients are known."""
 
-        def add(x: Any, g: Any) -> None:
+        def add(x: Any, g: Any, *weights: Any) -> None:
             if g is not None:
-                self._backend.add_gradient(x, g, self._norm, self._constants, coefficients)
+                given = x, g, self._norm, self._constants, coefficients, *weights
+                self._backend.add_gradient(*given)
 
         self._visit("update", add, updates)
 
@@ -392,10 +450,11 @@ class _Run:
             time.perf_counter() - self._started,
         )
 
-    def _visit(
-        self, step: str, visit: Callable[[Any, Any], None], updates: Updates | None = None
-    ) -> None:
-        """Call ``visit`` with every block of the activations, and of the gradients if any."""
+    def _visit(self, step: str, visit: Callable[..., None], updates: Updates | None = None) -> None:
+        """Call ``visit`` with every block of the activations, and of the gradients if any.
+
+        With weights, it is called with every piece of every block, and its weights.
+        """
         self._passes += 1
         mapped = self._store.mapped and self._quick_start is not None  # and so never copied
         if updates is None:
@@ -407,7 +466,11 @@ class _Run:
         for index, region in enumerate(regions):
             x = self._store.read(region)
             g = None if updates is None else updates.load(index, region)
-            visit(x, g)
+            if self._weights is None:
+                visit(x, g)
+            else:
+                self._visit_pieces(visit, region, x, g)
+                self._bytes += self._weights.bytes_of(_elements(region))
             del x  # before the next window is mapped
             size = _elements(region) * itemsize
             if updates is not None and g is not None:
@@ -418,3 +481,14 @@ class _Run:
             done += size * times
             if self._progress is not None:
                 self._progress(step, done, self._size * itemsize * times)
+
+    def _visit_pieces(self, visit: Callable[..., None], region: Region, x: Any, g: Any) -> None:
+        """Call ``visit`` with the pieces of a block that have weights of one box."""
+        assert self._weights is not None
+        for part, box, weights in self._weights.pieces(region):
+            pieces = [a if a is None else a[part].reshape(weights.shape) for a in (x, g)]
+            try:
+                visit(*pieces, weights)
+            except ValueError:
+                self._weights.refuse_bad(box, weights)  # which names the file and the place in it
+                raise

@@ -26,6 +26,7 @@ __all__ = [
     "FilesError",
     "Region",
     "Store",
+    "check_layout",
     "open_store",
     "read_fully",
     "sync",
@@ -64,6 +65,9 @@ class Store(Protocol):
     def load(self, region: Region) -> Array:
         """Return a copy of the values."""
 
+    def whole(self) -> Array:
+        """Return a copy of all values, in their shape."""
+
     def write(self, region: Region, values: Array) -> None:
         """Overwrite the values, and return once they are on disk."""
 
@@ -74,10 +78,13 @@ class Store(Protocol):
         """Close the file."""
 
 
-def open_store(name: str, path: str, dtype: str | None, *, writes: bool = False) -> Store:
+def open_store(
+    name: str, path: str, dtype: str | None, *, writes: bool = False, weighs: bool = False
+) -> Store:
     """Open the file or folder that is passed as ``name``.
 
-    ``dtype`` may be ``"bfloat16"``, for two bytes an element that the file does not name.
+    ``dtype`` may be ``"bfloat16"``, for two bytes an element that the file does not name. Of an
+    array that ``weighs`` it concerns only these, and it may be a mask, too.
 
     Raises
     ------
@@ -96,15 +103,39 @@ def open_store(name: str, path: str, dtype: str | None, *, writes: bool = False)
     if writes and not (found.st_mode & 0o222 and os.access(path, os.W_OK)):
         raise FilesError(f"{name} {path} are read-only; make them writable, or pass a copy")
     if stat.S_ISDIR(found.st_mode):
-        return ZarrArray(name, path, dtype, writes)
+        return ZarrArray(name, path, dtype, writes, weighs)
     if not stat.S_ISREG(found.st_mode):
         raise FilesError(f"{name} {path} are no regular file; name a .npy file or a Zarr store")
-    return NpyFile(name, path, dtype, writes)
+    return NpyFile(name, path, dtype, writes, weighs)
 
 
-def _element(name: str, path: str, stored: np.dtype[Any], asked: str | None) -> np.dtype[Any]:
+def check_layout(name: str, store: Store, activations: Store) -> None:
+    """Refuse a store, called ``name``, that is not read by the regions of the activations.
+
+    Raises
+    ------
+    FilesError
+        If format or order differ.
+    """
+    if store.format != activations.format:
+        raise FilesError(
+            f"activations {activations.path} are a {activations.format} but {name} {store.path} "
+            f"a {store.format}; convert one of them"
+        )
+    if store.order != activations.order:
+        raise FilesError(
+            f"{name} {store.path} are stored in {store.order} order but activations in "
+            f"{activations.order} order; write one of them anew in the order of the other"
+        )
+
+
+def _element(
+    name: str, path: str, stored: np.dtype[Any], asked: str | None, weighs: bool
+) -> np.dtype[Any]:
     """Return the dtype of the elements, or refuse."""
-    if asked is None and compute_dtype(stored) is not None:
+    if (asked is None or weighs) and compute_dtype(stored) is not None:
+        return stored
+    if weighs and stored.kind == "b":
         return stored
     if stored.hasobject:
         raise FilesError(f"{name} {path} hold pickled Python objects, which are never loaded")
@@ -123,7 +154,7 @@ def _element(name: str, path: str, stored: np.dtype[Any], asked: str | None) -> 
             ) from None
         bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return bfloat16
-    remedy = "convert them to float16, float32 or float64"
+    remedy = f"convert them to {'bool, ' if weighs else ''}float16, float32 or float64"
     if plain_bytes:
         remedy = "pass dtype='bfloat16' (--dtype bfloat16) if that is what they are"
     raise FilesError(f"{name} {path} have dtype {stored}; {remedy}")
@@ -140,13 +171,13 @@ class NpyFile:
 
     format = ".npy file"
 
-    def __init__(self, name: str, path: str, dtype: str | None, writes: bool) -> None:
+    def __init__(self, name: str, path: str, dtype: str | None, writes: bool, weighs: bool) -> None:
         self.path = path
         self._file: Any = io.FileIO(path, "r+b" if writes else "rb")
         try:
             self._size = os.fstat(self._file.fileno()).st_size
             self.shape, fortran, stored, self._offset = self._header(name)
-            self.dtype = _element(name, path, stored, dtype)
+            self.dtype = _element(name, path, stored, dtype, weighs)
             axes = sum(length > 1 for length in self.shape)
             self.order = "F" if fortran and axes > 1 else "C"
             self.mapped = self.dtype.isnative and self._offset % self.dtype.itemsize == 0
@@ -180,6 +211,10 @@ class NpyFile:
         # A copy, written by calls: a mapping would end the process where the disk is full.
         place, size = self._bytes(region)
         return _native(read_fully(self._file, place, size).view(self.dtype))
+
+    def whole(self) -> Array:
+        values = self.load((slice(0, math.prod(self.shape)),))
+        return values.reshape(self.shape, order="F" if self.order == "F" else "C")
 
     def write(self, region: Region, values: Array) -> None:
         stored = values.astype(self.dtype, copy=False)
@@ -240,7 +275,7 @@ class ZarrArray:
     order = "C"
     mapped = False
 
-    def __init__(self, name: str, path: str, dtype: str | None, writes: bool) -> None:
+    def __init__(self, name: str, path: str, dtype: str | None, writes: bool, weighs: bool) -> None:
         try:
             import zarr
         except ImportError:
@@ -264,7 +299,7 @@ class ZarrArray:
         except Exception as error:  # whatever the parser makes of arbitrary metadata
             reason = str(error).partition("\n")[0]
             raise FilesError(f"{name} {path} cannot be read as a Zarr array: {reason}") from None
-        self.dtype = _element(name, path, self._stored, dtype)
+        self.dtype = _element(name, path, self._stored, dtype, weighs)
 
     def regions(self, block_bytes: int) -> Sequence[Region]:
         steps = list(self._unit)
@@ -282,6 +317,9 @@ class ZarrArray:
     def load(self, region: Region) -> Array:
         values = self.read(region)
         return values if values.flags.writeable else values.copy()
+
+    def whole(self) -> Array:
+        return self.load(tuple(slice(0, length) for length in self.shape))
 
     def write(self, region: Region, values: Array) -> None:
         self._array[region] = values.astype(self.dtype, copy=False).view(self._stored)
