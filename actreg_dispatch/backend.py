@@ -179,6 +179,7 @@ class Backend(ABC):
         norm: Norm,
         gradients: Any = None,
         constants: Constants | None = None,
+        weights: Any = None,
     ) -> tuple[float, ...] | None:
         """Return the sums as pairs for :func:`~actreg_dispatch.sums.certified.round_if_certain`.
 

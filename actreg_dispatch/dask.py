@@ -13,10 +13,10 @@ serial kernels: the workers are the threads.
 The chunks may be NumPy or CuPy arrays. The penalty is an array of the same library, the partial
 sums are on the host.
 
-Weights are Dask arrays, too, and each chunk of the activations meets its own chunk of them: they
-are rechunked if they must, as by Dask's own operators, and the activations never are. An axis of
-length 1 stays one, and is broadcast in the task. Of a bool mask, it is counted lazily what it
-keeps. A weight that is negative or not finite raises in the task that meets it.
+Weights are Dask arrays, too, and each chunk of the activations meets its own chunk of them. Where
+chunks differ, the weights are rechunked, and the activations never are. An axis of length 1 is
+broadcast in the task. What a bool mask keeps is counted lazily. A weight that is negative or not
+finite raises in the task that meets it.
 
 Notes
 -----
@@ -83,7 +83,7 @@ def penalty(
     A 0-d array in the compute dtype T, of NumPy or CuPy as the chunks are. These may be of any
     lengths, unknown ones included; what raises elsewhere raises here, not in a task, if it shows
     without computing. ``reg`` is taken as it is now: later changes of ``lam`` change nothing.
-    ``weights`` are a Dask array that broadcasts to the activations, and else as for
+    ``weights`` are a Dask array that broadcasts to the activations; for the rest see
     :meth:`~actreg_dispatch.ActivityRegularization.penalty`.
 
     Examples
@@ -127,7 +127,8 @@ def penalty_and_gradient(
     """Return the penalty of ``activations`` and its gradient, lazily.
 
     The penalty is that of :func:`penalty`; the gradient has the dtype, chunks and array type of
-    ``activations``. A Dask array cannot be written, so ``out`` is refused with a TypeError.
+    ``activations``. ``weights`` are those of :func:`penalty`. A Dask array cannot be written, so
+    ``out`` is refused with a TypeError.
     """
     if out is not None:
         raise TypeError(
@@ -205,8 +206,8 @@ def _frozen(reg: ActivityRegularization) -> Options:
 def _matched(options: Options, activations: da.Array, weights: Any) -> da.Array | None:
     """Return weights, if there are any, in chunks that match those of the activations.
 
-    Weights of other chunks are rechunked, as Dask's own operators do it. But these would rechunk
-    the activations, too, and so the gradient.
+    Weights of other chunks are rechunked, as arrays are by Dask's own operators. Those would cut
+    both into the smallest common chunks, but a gradient has the chunks of its activations.
     """
     if weights is None:
         return None

@@ -526,7 +526,8 @@ def test_what_weighs_nothing_is_left_out_whatever_it_is(tmp_path):
 
 def test_bytes_and_passes_of_weights_are_counted(tmp_path):
     x, steps = values_of(1000, np.float32), []
-    paths = saved(tmp_path, x=x, g=x, w=weights_of(1000, np.float32), m=weights_of(1000, bool))
+    weights = {"w": weights_of(1000, np.float32), "m": weights_of(1000, bool)}
+    paths = saved(tmp_path, x=x, g=x, **weights, one=np.ones(1, np.float32))
 
     def found(function, *paths, reg="l1", **options):
         steps.clear()
@@ -534,7 +535,8 @@ def test_bytes_and_passes_of_weights_are_counted(tmp_path):
         result = function(reg, *paths, progress=lambda step, *_: steps.append(step), **options)
         return result.bytes, result.passes, list(dict.fromkeys(steps))
 
-    x, g, w, m = paths
+    x, g, w, m, one = paths
+    assert found(files.apply, x, g, weights=one) == (12_004, 1, ["update"])
     assert found(files.penalty, x, weights=w) == (8000, 1, ["sum"])
     assert found(files.penalty, x, weights=m) == (6000, 1, ["weights", "sum"])
     assert found(files.apply, x, g, weights=w) == (20_000, 1, ["weights", "update"])

@@ -16,10 +16,10 @@ that is what can be written), and Zarr takes some of their size again to decode 
 
 **Passes.** Activations are read once; for :func:`apply` twice by norms whose gradient needs the
 sums, as that of ``"l2"`` divides by ‖x‖. One more pass, an exact sum, is needed where the quick sum
-leaves the rounding open, which is rare; sums with weights are exact at once. Weights of the full
-shape are read as often as the activations. They are read once more, alone and ahead, by
-:func:`apply` for norms of one pass, so that bad ones are found before anything is written; and
-wherever a mask has to be counted, as it says what ``reduction`` divides λ by.
+leaves the rounding open, which is rare. Weights of the full shape are read as often as the
+activations. They are read once more, alone and ahead, by :func:`apply` for norms of one pass, so
+that bad ones are found before anything is written, and wherever ``reduction`` divides λ by what a
+mask keeps, which has to be counted.
 
 **Interruption.** Until the first gradient is written, the files are untouched. From then on the
 old values of the block under way are kept in a journal next to the gradients,
@@ -370,14 +370,15 @@ class _Run:
         self._norm = options.norm
         self._backend, self._constants = resolve(options, self._nothing.dtype, store.shape, scale)
         self._passes = self._bytes = 0
+        self._quick_start = self._backend.quick_sum(self._nothing, options.norm)
         self._weights: Weights | None = None
-        self._quick_start = None
         if weights is None:
-            self._quick_start = self._backend.quick_sum(self._nothing, options.norm)
             return
         like = np.empty(0, weights.dtype.newbyteorder("="))
         checked_weights(options, self._nothing, like, NUMPY)
         self._weights = found = Weights(weights, store)
+        if not found.is_full:
+            self._bytes = math.prod(weights.shape) * like.itemsize
         if found.is_mask and options.reduction != "sum":
             count = found.kept(options.reduction, self._walked_weights(found))
             self._constants = constants_of(options, self._nothing.dtype, count, scale)
@@ -407,8 +408,8 @@ class _Run:
         step = "sum" if updates is None else "update"
         totals: list[Any] = []
 
-        def quickly(x: Any, g: Any) -> None:
-            totals.append(backend.quick_sum(x, norm, g, constants))
+        def quickly(x: Any, g: Any, *weights: Any) -> None:
+            totals.append(backend.quick_sum(x, norm, g, constants, *weights))
 
         def exactly(x: Any, g: Any, *weights: Any) -> None:
             totals.append(backend.partial_sum(x, norm, *weights))
@@ -456,7 +457,8 @@ class _Run:
         With weights, it is called with every piece of every block, and its weights.
         """
         self._passes += 1
-        mapped = self._store.mapped and self._quick_start is not None  # and so never copied
+        # Never copied, and without weights, which would take a window of their own.
+        mapped = self._store.mapped and self._quick_start is not None and self._weights is None
         if updates is None:
             regions = self._store.regions(WINDOW_BYTES if mapped else BLOCK_BYTES)
         else:

@@ -123,16 +123,21 @@ class NumbaBackend(Backend):
         norm: Norm,
         gradients: Array | None = None,
         constants: Constants | None = None,
+        weights: Array | None = None,
     ) -> tuple[float, ...]:
-        """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients."""
+        """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients.
+
+        Bad weights are not refused, but the first sum is NaN or infinite.
+        """
+        weighted = weights is not None
         if gradients is None:
-            call = _call(activations, activations)
-            function = _summing(norm, activations.dtype, call.dense)
+            call = _call(activations, activations, weights)
+            function = _summing(norm, activations.dtype, call.dense, weighted)
         else:
             assert constants is not None
             assert not norm.two_pass
-            call = _call(activations, gradients, None, norm, constants)
-            function = _updating(norm, activations.dtype, call.dense)
+            call = _call(activations, gradients, weights, norm, constants)
+            function = _updating(norm, activations.dtype, call.dense, weighted=weighted)
         return _run(call, function)[: 2 * len(norm.terms)]
 
     def overwrite(
