@@ -239,7 +239,11 @@ def _matched(options: Options, activations: da.Array, weights: Any) -> da.Array 
                 f"weights as many chunks by weights.rechunk"
             )
         chunks.append(own if unknown else (1,) if weights.shape[axis] == 1 else other)
-    return weights if weights.chunks == tuple(chunks) else weights.rechunk(tuple(chunks))
+    if weights.chunks == tuple(chunks):
+        return weights
+    if weights.size == 0:  # which rechunk may leave as they are
+        return da.zeros_like(weights, chunks=tuple(chunks))
+    return weights.rechunk(tuple(chunks))
 
 
 def _along(weights: da.Array | None) -> tuple[int, ...]:

@@ -234,6 +234,13 @@ def test_weights_of_other_chunks_are_rechunked_and_activations_never(values):
         assert bits(*dask.compute(*lazy)) == expected
 
 
+def test_weights_of_empty_arrays_are_rechunked():
+    activations, weights = da.ones(0, chunks=((0, 0),)), da.ones(0, chunks=((0, 0, 0),))
+    lazy = ActivityRegularization.l2(0.1).penalty_and_gradient(activations, weights=weights)
+    assert dask.compute(*lazy)[0] == 0
+    assert lazy[1].chunks == activations.chunks
+
+
 @pytest.mark.usefixtures("registered")
 def test_weights_that_are_broadcast_are_never_expanded(values):
     largest = []
