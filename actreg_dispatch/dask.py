@@ -68,6 +68,7 @@ from actreg_dispatch.options import (
 from actreg_dispatch.registry import NUMPY, requested
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.threads import serially
+from actreg_dispatch.statistics import refuse_statistics
 from actreg_dispatch.sums.exact import Total
 from actreg_dispatch.transfer import move, new_like
 from actreg_dispatch.validation import check_activations
@@ -76,7 +77,11 @@ __all__ = ["add_gradient", "apply", "apply_all", "partial_sum", "penalty", "pena
 
 
 def penalty(
-    reg: ActivityRegularization, activations: da.Array, *, weights: da.Array | None = None
+    reg: ActivityRegularization,
+    activations: da.Array,
+    *,
+    weights: da.Array | None = None,
+    statistics: None = None,
 ) -> da.Array:
     """Return the penalty of ``activations``, lazily.
 
@@ -95,6 +100,7 @@ def penalty(
     >>> penalty.shape, float(penalty.compute())
     ((), 4.5)
     """
+    refuse_statistics(statistics, "Dask arrays")
     options = _frozen(reg)
     return _penalty(options, activations, _matched(options, activations, weights))[0]
 
@@ -144,14 +150,7 @@ def penalty_and_gradient(
     return penalty, gradient
 
 
-def apply(
-    reg: ActivityRegularization,
-    activations: Any,
-    gradients: Any,
-    *,
-    scale: Any,
-    weights: Any = None,
-) -> NoReturn:
+def apply(*arguments: Any, **options: Any) -> NoReturn:
     """Refuse to update Dask arrays in place.
 
     Dask can replace what one array object stands for, but a slice of an array is another object,
@@ -163,11 +162,7 @@ def apply(
     )
 
 
-def apply_all(
-    reg: ActivityRegularization, labels: Any, activations: Any, gradients: Any, *, scale: Any
-) -> NoReturn:
-    """Refuse to update Dask arrays in place; see :func:`apply`."""
-    apply(reg, activations, gradients, scale=scale)
+apply_all = apply
 
 
 def add_gradient(

@@ -42,6 +42,7 @@ from actreg_dispatch.options import Options, check_scale, constants_of, count_of
 from actreg_dispatch.registry import AUTO, NUMPY, array_type_of, requested, why_unavailable
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
 from actreg_dispatch.runtime.huge_pages import FROM_BYTES, ask_for_huge_pages
+from actreg_dispatch.statistics import refuse_statistics
 from actreg_dispatch.sums.exact import Total
 
 try:
@@ -55,7 +56,11 @@ _ALIGNMENT = 64  # bytes; XLA takes over a NumPy array that lies so, and copies 
 
 
 def penalty(
-    reg: ActivityRegularization, activations: jax.Array, *, weights: jax.Array | None = None
+    reg: ActivityRegularization,
+    activations: jax.Array,
+    *,
+    weights: jax.Array | None = None,
+    statistics: None = None,
 ) -> jax.Array:
     r"""Return the penalty of ``activations``, differentiably.
 
@@ -108,6 +113,7 @@ def penalty(
     (1.5, [0.5, -0.5, 0.0])
     """
     _check(reg, activations, weights)
+    refuse_statistics(statistics, "JAX arrays")
     if _is_concrete(activations, weights):
         return _at_once(reg, activations, weights)
     # Weights that have values are not differentiated, and without jit nothing else would tell.

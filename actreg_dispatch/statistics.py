@@ -10,7 +10,7 @@ import numpy as np
 
 from actreg_dispatch.runtime.threads import lock_over_fork
 
-__all__ = ["ActivationStatistics", "check_statistics"]
+__all__ = ["ActivationStatistics", "check_statistics", "refuse_statistics"]
 
 
 class ActivationStatistics:
@@ -132,6 +132,21 @@ class ActivationStatistics:
 
 _ADDING = threading.RLock()
 lock_over_fork(_ADDING)
+
+
+def refuse_statistics(statistics: Any, arrays: str) -> None:
+    """Refuse to count arrays, which are called ``arrays``, that no backend counts on the way.
+
+    Raises
+    ------
+    TypeError
+        If there are statistics.
+    """
+    if statistics is not None:
+        raise TypeError(
+            f"statistics cannot be counted of {arrays}; leave them out, or pass NumPy arrays or "
+            f"tensors of PyTorch on the CPU"
+        )
 
 
 def check_statistics(statistics: Any, activations: Any) -> None:

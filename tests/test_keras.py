@@ -313,7 +313,6 @@ print(json.dumps([np.nan_to_num(table).tolist(), found, run]))
 )
 
 
-@pytest.mark.xfail(strict=True, reason="the penalty of tensors does not take weights yet")
 @pytest.mark.parametrize("keras_backend", BACKENDS)
 def test_what_is_masked_is_left_out(python, keras_backend):
     table, found, (losses, evaluated, weights) = json.loads(

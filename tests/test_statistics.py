@@ -171,3 +171,13 @@ def test_the_device_says_that_it_cannot_count(cupy):
     assert not g.any()
     ActivityRegularization(0.1, backend="numba").apply(x, g, statistics=statistics)
     assert (statistics.elements, statistics.nonzero, statistics.largest) == (3, 3, 1.0)
+
+
+def test_lazy_and_traced_arrays_cannot_be_counted():
+    reg, statistics = ActivityRegularization(0.1), ActivationStatistics()
+    for library, name in (("jax.numpy", "JAX arrays"), ("dask.array", "Dask arrays")):
+        x = pytest.importorskip(library).ones(3)
+        with pytest.raises(TypeError, match=f"statistics cannot be counted of {name}; leave them"):
+            reg.penalty(x, statistics=statistics)
+        with pytest.raises(TypeError, match="cannot be updated in place"):
+            reg.apply(x, x, statistics=statistics)

@@ -127,9 +127,10 @@ class NumbaBackend(Backend):
     ) -> tuple[float, ...]:
         """Return the sums as pairs, and add the gradient of a norm of one pass to any gradients.
 
-        Bad weights are not refused, but the first sum is NaN or infinite.
+        Bad weights are not refused, but then the sums are NaN.
         """
         weighted = weights is not None
+        bad, large = _bad_and_large(weights)
         if gradients is None:
             call = _call(activations, activations, weights)
             function = _summing(norm, activations.dtype, call.dense, weighted)
@@ -138,7 +139,9 @@ class NumbaBackend(Backend):
             assert not norm.two_pass
             call = _call(activations, gradients, weights, norm, constants)
             function = _updating(norm, activations.dtype, call.dense, weighted=weighted)
-        return _run(call, function)[: 2 * len(norm.terms)]
+        found = _run(call, function)[: 2 * len(norm.terms)]
+        is_undecided = bad or (large and activations.dtype == FLOAT64)
+        return (math.nan,) * len(found) if is_undecided else found
 
     def overwrite(
         self,
@@ -352,13 +355,19 @@ def _check_values(weights: Array | None) -> bool:
 
     Return whether some are too large for squares in binary64.
     """
-    if weights is None or weights.dtype.kind == "b" or not weights.size:
-        return False
-    w = each_once(weights)
-    counts = _run(_call(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:]
-    if counts[0]:
+    bad, large = _bad_and_large(weights)
+    if bad:
         check_weight_values(weights)
-    return bool(counts[1])
+    return large
+
+
+def _bad_and_large(weights: Array | None) -> tuple[bool, bool]:
+    """Return whether some weights are bad, and whether some are too large for squares."""
+    if weights is None or weights.dtype.kind == "b" or not weights.size:
+        return False, False
+    w = each_once(weights)
+    bad, large = _run(_call(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:][:2]
+    return bool(bad), bool(large)
 
 
 def _whole(
