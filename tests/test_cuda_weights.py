@@ -237,8 +237,16 @@ def weights_of(kind, shape, dtype, rng):
 
 @norms
 @dtypes
-@pytest.mark.parametrize("of", ["own", "T", "bool"])
-@pytest.mark.parametrize("kind", ["full", "per feature", "per token", "one"])
+@pytest.mark.parametrize(
+    ("kind", "of"),
+    [
+        ("full", "own"),
+        ("full", "bool"),
+        ("per feature", "T"),
+        ("per token", "bool"),
+        ("one", "own"),
+    ],
+)
 def test_sums_and_gradients_are_weighted(device, norm, dtype, of, kind):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(5, 4, 7)).astype(dtype)
@@ -303,7 +311,7 @@ def test_broadcast_weights_are_never_expanded(cupy):
 
 @norms
 @dtypes
-@pytest.mark.parametrize("zero", [0.0, -0.0, False])
+@pytest.mark.parametrize("zero", [-0.0, False])
 def test_an_element_of_weight_0_is_left_alone_whatever_it_holds(device, norm, dtype, zero):
     rng = np.random.default_rng(3)
     x, g = rng.normal(size=(2, 40)).astype(dtype)
@@ -343,7 +351,7 @@ def test_weights_that_are_all_0_leave_nothing(device, norm, dtype):
 
 @norms
 @dtypes
-@pytest.mark.parametrize("bad", [-1.0, -1e-30, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("bad", [-1e-30, math.inf, math.nan])
 def test_a_bad_weight_makes_the_penalty_nan(device, norm, dtype, bad):
     bad = {-1e-30: -float(ml_dtypes.finfo(dtype).smallest_subnormal)}.get(bad, bad)
     constants = Constants((0.25,) * norm.n_lams, (0.5,) * norm.n_lams, 0.0)
@@ -364,8 +372,8 @@ def test_a_bad_weight_makes_the_penalty_nan(device, norm, dtype, bad):
 
 
 @of_two_sums
-@pytest.mark.parametrize("weight", [1e-45, 1e-38, 1e-30, 3e7, 1e30, 3e38])
-@pytest.mark.parametrize("unit", [1e-45, 1e-38, 1e-20, 1.0, 1e18, 1e30, 1e38])
+@pytest.mark.parametrize("weight", [1e-45, 1e-30, 3e7, 3e38])
+@pytest.mark.parametrize("unit", [1e-45, 1e-20, 1.0, 1e18, 1e38])
 def test_any_magnitude_of_float32(device, norm, unit, weight):
     x = (np.array([3.0, -1.0, 0.5, 0.0, 1.25, -2.0]) * unit).astype(np.float32)
     w = (np.array([1.0, 0.3, 0.7, 1.0, 0.9, 0.0]) * weight).astype(np.float32)
@@ -374,8 +382,8 @@ def test_any_magnitude_of_float32(device, norm, unit, weight):
 
 
 @of_two_sums
-@pytest.mark.parametrize("weight", [5e-324, 1e-310, 1e-200, 1e31, 1e200, 1e300])
-@pytest.mark.parametrize("unit", [5e-324, 1e-200, 1e-150, 1e-100, 1.0, 1e150, 1e200, 1e300])
+@pytest.mark.parametrize("weight", [5e-324, 1e-200, 1e31, 1e300])
+@pytest.mark.parametrize("unit", [5e-324, 1e-150, 1.0, 1e150, 1e300])
 def test_any_magnitude_of_float64(device, norm, unit, weight):
     x = np.array([3.0, -1.0, 0.5, 0.0, 1.25, -2.0]) * unit
     w = np.array([1.0, 0.3, 0.7, 1.0, 0.9, 0.0]) * weight
