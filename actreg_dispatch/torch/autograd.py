@@ -43,15 +43,22 @@ __all__ = [
 ]
 
 
-def penalty_value(
-    reg: ActivityRegularization,
-    activations: torch.Tensor,
-    weights: torch.Tensor | None = None,
-    statistics: ActivationStatistics | None = None,
-) -> torch.Tensor:
+def penalty_value(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
     """Return the penalty without a graph."""
     x = plain("activations", activations)
-    given = {} if weights is None is statistics else given_for(x, weights, statistics)
+    with stream_of(x):
+        return as_tensor(reg.penalty(view(x)), x)
+
+
+def _weighted_value(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    weights: torch.Tensor | None,
+    statistics: ActivationStatistics | None,
+) -> torch.Tensor:
+    """Do :func:`penalty_value` with weights and statistics, if there are any."""
+    x = plain("activations", activations)
+    given = given_for(x, weights, statistics)
     with stream_of(x):
         return as_tensor(reg.penalty(view(x), **given), x)
 
@@ -104,7 +111,7 @@ def weighted_penalty(
     if _recorded(activations, weights):
         found: torch.Tensor = _WeightedPenalty.apply(reg, activations, weights, statistics)
         return found
-    return penalty_value(reg, activations, weights, statistics)
+    return _weighted_value(reg, activations, weights, statistics)
 
 
 def transformed_penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
@@ -245,7 +252,7 @@ class _WeightedPenalty(_Regularizing):
         activations, weights, _ = given
         ctx.reg, ctx.options = reg, reg.options
         ctx.save_for_backward(activations, weights)
-        return penalty_value(reg, *given)
+        return _weighted_value(reg, *given)
 
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
