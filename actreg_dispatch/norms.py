@@ -425,6 +425,8 @@ register_norm(
         terms=(1, 2),
         penalty=lambda lam, s: lam[0] * (s[0] * (s[0] / s[1])),  # in this order all are in range
         coefficients=lambda lam, s: (s[0] / s[1],),
-        gradient=lambda x, lam, c: (lam[0] + lam[0]) * (signed(c[0], x) - c[0] * (c[0] * x)),
+        gradient=lambda x, lam, c: (
+            signed((lam[0] + lam[0]) * c[0], x) - ((lam[0] + lam[0]) * c[0]) * (c[0] * x)
+        ),
     )
 )

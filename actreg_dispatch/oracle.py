@@ -141,9 +141,10 @@ def _hoyer(
         size = _operation(factor * _operation(total * ratio))
         r, strength = real(binary64(ratio)), np.array(gradient_lam).astype(x.dtype)
         strength = strength if w is None else strength * w
-        sign = np.where(x > 0, r, np.where(x < 0, -r, real(0.0)))
+        outer = (strength + strength) * r
+        sign = np.where(x > 0, outer, np.where(x < 0, -outer, real(0.0)))
         updated = gradients.copy()
-        updated[...] = updated.astype(x.dtype) + (strength + strength) * (sign - r * (r * x))
+        updated[...] = updated.astype(x.dtype) + (sign - outer * (r * x))
         return real(binary64(size)), updated
 
 
