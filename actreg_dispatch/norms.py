@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -246,6 +247,9 @@ class Norm:
             "sqrt": sqrt,
         }
         exec(self.source, functions)  # made of the symbols above alone
+        # Compiled code is linked by names, in which no two norms may have the same function.
+        for each in _FUNCTIONS:
+            functions[each].__qualname__ += f"_{name}_{zlib.crc32(self.source.encode()):08x}"
         self.evaluate, self.agree = functions["evaluate"], functions["agree"]
         self.gradient = functions["gradient"]
         self.coefficients, self.guard = functions["coefficients"], functions["guard"]
@@ -286,6 +290,7 @@ class CudaText(NamedTuple):
     gradient: str
 
 
+_FUNCTIONS = "evaluate agree coefficients guard gradient rounded_lams lam_fits".split()
 MOST_LAMS = 4
 MOST_COEFFICIENTS = 8
 _SMALL = 2.0**-64  # x times λ is far from overflow in any T, but not subnormal, which is slow

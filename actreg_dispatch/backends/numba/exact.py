@@ -66,7 +66,7 @@ from actreg_dispatch.backends.numba.bits import (
     power_of_two,
     value_of,
 )
-from actreg_dispatch.backends.numba.rows import absolute, plus, square
+from actreg_dispatch.backends.numba.rows import absolute, named, plus, square
 from actreg_dispatch.dtypes import FLOAT64
 from actreg_dispatch.sums.certified import HIGHEST_EXPONENT, LOWEST_EXPONENT
 from actreg_dispatch.sums.exact import INFINITIES, NANS, UNIT, WORD_BITS
@@ -99,7 +99,6 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
     has_excess, may_be_short = dtype == FLOAT64 and degree == 2, digits == 24
     extract_all, extract_some = (_extraction(magnitude, has_excess, some) for some in (False, True))
 
-    @register_jitable
     def add_tile(xs, largest, smallest, words):  # type: ignore[no-untyped-def]
         if largest == 0.0:
             return
@@ -139,13 +138,12 @@ def tile_of(degree: int, dtype: np.dtype[Any]) -> Any:
             if not magnitude(value_of(xs[j]), 1.0)[0] >= above:
                 _add_element(words, xs[j], degree)
 
-    return add_tile
+    return register_jitable(named(add_tile, degree, dtype))
 
 
 def _extraction(magnitude: Any, has_excess: bool, some: bool) -> Any:
     """Return the compiled extraction of all terms, or of ``some``, from least on but not above."""
 
-    @register_jitable
     def extract(xs, anchor, excess_anchor, least, above):  # type: ignore[no-untyped-def]
         high, low, excess_high, excess_low = 0, 0.0, 0, 0.0
         for j in range(xs.size):
@@ -163,7 +161,7 @@ def _extraction(magnitude: Any, has_excess: bool, some: bool) -> Any:
         excess_high -= xs.size * as_int(excess_anchor)
         return high, low, excess_high, excess_low
 
-    return extract
+    return register_jitable(named(extract, magnitude.__name__, has_excess, some))
 
 
 @register_jitable

@@ -13,6 +13,7 @@ module by their names, others, such as those that :func:`load_of` makes, by thei
 from __future__ import annotations
 
 import math
+import zlib
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ __all__ = [
     "add_gradient",
     "bad_and_large",
     "gradient_of",
+    "named",
     "no_gradient",
     "no_update",
     "plus",
@@ -164,7 +166,7 @@ def gradient_of(norm: Norm, weighted: bool) -> Any:
     def without(x, w, lam, c):  # type: ignore[no-untyped-def]
         return gradient(x, lam, c)
 
-    return register_jitable(with_weight if weighted else without)
+    return register_jitable(named(with_weight if weighted else without, norm.source))
 
 
 @cache
@@ -192,7 +194,17 @@ def _compiled(name: str, source: str) -> Any:
     """Return a function for tuples of one length, over which compiled code cannot loop."""
     functions: dict[str, Any] = {"__name__": __name__}
     exec(source, functions)
-    return register_jitable(functions[name])
+    return register_jitable(named(functions[name], source))
+
+
+def named(function: Any, *key: Any) -> Any:
+    """Give a function that is made of ``key`` a name of its own, and return it.
+
+    Compiled code that is loaded from the cache is linked by names, in which another process may
+    have meant another function.
+    """
+    function.__qualname__ += f".{zlib.crc32(repr(key).encode()):08x}"
+    return function
 
 
 # Rows: update the gradients along one axis and add the magnitudes to the total, which is a sum in
