@@ -290,7 +290,7 @@ class CudaText(NamedTuple):
     gradient: str
 
 
-_FUNCTIONS = "evaluate agree coefficients guard gradient rounded_lams lam_fits".split()
+_FUNCTIONS = ["evaluate", "agree", "coefficients", "guard", "gradient", "rounded_lams", "lam_fits"]
 MOST_LAMS = 4
 MOST_COEFFICIENTS = 8
 _SMALL = 2.0**-64  # x times λ is far from overflow in any T, but not subnormal, which is slow
