@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -140,3 +141,48 @@ def test_options_that_change_the_code_are_a_new_entry(python, tmp_path):
     for options in (checked, {}, threads, checked):
         hits.append(json.loads(python("-c", CODE, **cache, **options).stdout)[1])
     assert hits == [[0] * 5, [0] * 5, [1] * 5, [1] * 5]
+
+
+SUMS = """
+import sys
+import numpy as np
+from actreg_dispatch import ActivityRegularization
+x = np.linspace(-1, 2, 5000, dtype=np.float32).reshape(100, 50)
+weights = np.linspace(0, 1, 50, dtype=np.float32)
+for norm in sys.argv[1:]:
+    found = []
+    for backend in ("numba", "numpy"):
+        reg, g = ActivityRegularization(0.1, norm, backend=backend), np.ones_like(x)
+        parts = [*reg.partial_sum(x).parts, *reg.partial_sum(x, weights=weights).parts]
+        found.append(([part.units for part in parts], reg.apply(x.T, g.T), g.tobytes()))
+    assert found[0] == found[1], norm
+"""
+
+
+def test_kernels_that_several_processes_have_kept_are_not_taken_for_each_other(python, tmp_path):
+    # Machine code is linked by names, in which Numba counts the functions of a process.
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
+    norms = ["l1", "l2_squared", "l1_l2_squared"]
+    for norm in norms:
+        python("-c", SUMS, norm, **cache)
+    for together in (norms, norms[::-1]):
+        python("-c", SUMS, *together, **cache)
+
+
+def test_compiled_closures_have_names_of_their_own(python):
+    code = SUMS + (
+        "import re\n"
+        "from actreg_dispatch.backends.numba.compiling import KERNELS\n"
+        "for kernel in KERNELS.values():\n"
+        "    if hasattr(kernel, 'inspect_llvm'):\n"
+        "        code = kernel.inspect_llvm()\n"
+        "        code = code if isinstance(code, str) else ' '.join(code.values())\n"
+        "        print(*re.findall(r'^define .*@\"?(_ZN15actreg[^\"(]+)', code, re.M), sep='\\n')\n"
+    )
+    norms = ["l1", "l2", "hoyer"]
+    names = set(python("-c", code, *norms, ACTREG_CACHE="0").stdout.split())
+    names = {re.split(r"B\d+v\d", name)[0] for name in names}  # without the types of arguments
+    closures = [name for name in names if "_3clocals_3e" in name]
+    assert any("add_tile" in name for name in closures)
+    for name in closures:  # its parts are preceded by their lengths, the last one is a hash
+        assert re.search(r"_3clocals_3e\d+[a-z_]+(8|9_)[0-9a-f]{8}$", name), name
