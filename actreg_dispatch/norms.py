@@ -57,7 +57,7 @@ class ActivityNorm(str, enum.Enum):
     ``L2``            λ·√(Σxᵢ²)          (λ·xᵢ)/‖x‖, all zero where Σxᵢ² ≤ ``epsilon``
     ``L2_SQUARED``    λ·Σxᵢ²             (λ·2)·xᵢ
     ``L1_L2_SQUARED`` λ₁·Σ|xᵢ| + λ₂·Σxᵢ² the sum of those of ``L1`` and ``L2_SQUARED``
-    ``HOYER``         λ·(Σ|xᵢ|)²/Σxᵢ²    2λ·(r·sign(xᵢ) − r²·xᵢ) with r = Σ|xᵢ|/Σxᵢ²
+    ``HOYER``         λ·(Σ|xᵢ|)²/Σxᵢ²    2λr·(sign(xᵢ) − r·xᵢ) with r = Σ|xᵢ|/Σxᵢ²
     ================= ================== ==================================================
 
     ``L2`` is the norm itself. What Keras calls "L2" is ``L2_SQUARED`` here, its "L1L2" is
@@ -429,9 +429,7 @@ register_norm(
         "hoyer",
         terms=(1, 2),
         penalty=lambda lam, s: lam[0] * (s[0] * (s[0] / s[1])),  # in this order all are in range
-        coefficients=lambda lam, s: (s[0] / s[1],),
-        gradient=lambda x, lam, c: (
-            signed((lam[0] + lam[0]) * c[0], x) - ((lam[0] + lam[0]) * c[0]) * (c[0] * x)
-        ),
+        coefficients=lambda lam, s: (s[0] / s[1] + s[0] / s[1], s[0] / s[0], s[0] / s[1]),
+        gradient=lambda x, lam, c: (lam[0] * c[0]) * (signed(c[1], x) - c[2] * x),
     )
 )

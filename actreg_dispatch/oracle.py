@@ -139,12 +139,11 @@ def _hoyer(
         factor = Fraction(float(real(lam)))
         ratio = _operation(total / squares)
         size = _operation(factor * _operation(total * ratio))
-        r, strength = real(binary64(ratio)), np.array(gradient_lam).astype(x.dtype)
+        r, twice, strength = real(binary64(ratio)), real(binary64(2 * ratio)), real(gradient_lam)
         strength = strength if w is None else strength * w
-        outer = (strength + strength) * r
-        sign = np.where(x > 0, outer, np.where(x < 0, -outer, real(0.0)))
+        sign = np.where(x > 0, real(1.0), np.where(x < 0, real(-1.0), real(0.0)))
         updated = gradients.copy()
-        updated[...] = updated.astype(x.dtype) + (sign - outer * (r * x))
+        updated[...] = updated.astype(x.dtype) + (strength * twice) * (sign - r * x)
         return real(binary64(size)), updated
 
 

@@ -156,7 +156,7 @@ class ActivityRegularization(Piecewise):
     ) -> ActivityRegularization:
         """Return the Hoyer-square, which is scale-free: P(x) = λ·(Σ|xᵢ|)²/Σxᵢ².
 
-        The gradient is 2λ·(r·sign(xᵢ) − r²·xᵢ) with r = Σ|xᵢ|/Σxᵢ² (Yang, Wen and Li, "DeepHoyer",
+        The gradient is 2λr·(sign(xᵢ) − r·xᵢ) with r = Σ|xᵢ|/Σxᵢ² (Yang, Wen and Li, "DeepHoyer",
         ICLR 2020); 0, and nothing is added, where all x are 0.
         """
         return cls(lam, ActivityNorm.HOYER, reduction=reduction, backend=backend)

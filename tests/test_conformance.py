@@ -115,7 +115,7 @@ def test_a_scale_that_is_not_finite_propagates(arrays, norm, scale):
             ActivityNorm.L2: np.float32(scale) * values,
             ActivityNorm.L2_SQUARED: np.float32(scale) * values,
             ActivityNorm.L1_L2_SQUARED: np.float32(scale) * values,
-            ActivityNorm.HOYER: np.full(4, math.nan, np.float32),
+            ActivityNorm.HOYER: np.float32(scale) * np.float32([0.0, 0.0, 1.0, 1.0]),
         }[norm]
     reg = arrays.regularization(0.5, norm)
     penalty, found = arrays.updated(reg, values, np.ones(4, np.float32), scale=scale)

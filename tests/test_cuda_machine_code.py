@@ -250,5 +250,4 @@ def test_a_loop_is_as_long_as_its_arithmetic_says(machine_code, architecture, re
         elements = vectors_of(function) * 16 // BYTES[function.dtype]
         expected, found = sum(map(weight, ptx)) / elements, len(sass) / elements
         record_property(f"{function.kernel} {function.dtype}", (len(ptx) / elements, found))
-        # Less is better: ptxas makes once what the Hoyer-square makes of λ for each element.
-        assert 0.8 * expected <= found <= 1.15 * expected, function
+        assert found == pytest.approx(expected, rel=0.15), function
