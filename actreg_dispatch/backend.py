@@ -173,6 +173,25 @@ class Backend(ABC):
         """Do :meth:`apply` for many layers, which have been checked, in a few launches, or None."""
         return None
 
+    def apply_to_rows(
+        self,
+        activations: Any,
+        gradients: Any,
+        norm: Any,
+        constants: Constants,
+        weights: Any = None,
+    ) -> Any:
+        """Return the penalty of many rows, and add their gradient to any gradients, or None.
+
+        The axes of a row, as many as ``norm.axis`` names, are the last ones; ``norm`` is a
+        :class:`~actreg_dispatch.row_norms.RowNorm`. Where None is returned, nothing is written.
+        """
+        return None
+
+    def sum_of_rows(self, activations: Any, norm: Any, weights: Any = None) -> Total | None:
+        """Return the exact sum of the sizes of many rows, or None."""
+        return None
+
     def quick_sum(
         self,
         activations: Any,

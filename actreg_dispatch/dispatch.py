@@ -19,6 +19,7 @@ from actreg_dispatch.options import (
     UNSCALED,
     Constants,
     Options,
+    axes_of,
     check_count,
     check_scale,
     constants_of,
@@ -31,12 +32,13 @@ from actreg_dispatch.registry import (
     asked_by_context,
     choose,
 )
+from actreg_dispatch.row_norms import RowsBackend
 from actreg_dispatch.statistics import check_statistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
 from actreg_dispatch.transfer import MovingBackend, new_like
 from actreg_dispatch.validation import check_activations, check_gradients, check_weights
-from actreg_dispatch.weights import check_weight_values, kept_of
+from actreg_dispatch.weights import check_weight_values, given, kept_of
 
 __all__ = [
     "NO_PLAN",
@@ -136,6 +138,8 @@ class Dispatcher:
         """Find the kernel that handles such arrays, call it, and keep it as the plan."""
         activations, lam, options = arrays[0], self.lam, self._options
         dtype, compute = activations.dtype, compute_dtype(activations.dtype)
+        if options.norm.axis is not None:
+            return None
         # Numba would not always tell a foreign byte order.
         if compute is None or any(array.dtype != dtype for array in arrays):
             return None
@@ -200,11 +204,13 @@ def resolve(
         As for :meth:`~actreg_dispatch.ActivityRegularization.apply`.
     """
     constants = constants_of(options, dtype, count_of(options.reduction, shape), scale)
-    return _backend(NUMPY, *choose(NUMPY, dtype, options.backend)), constants
+    return _backend(options, NUMPY, *choose(NUMPY, dtype, options.backend)), constants
 
 
-def _backend(array_type: str, backend: Backend, target: str) -> Backend:
+def _backend(options: Options, array_type: str, backend: Backend, target: str) -> Backend:
     """Return the chosen backend, which moves data if it must."""
+    if options.norm.axis is not None:
+        backend = RowsBackend(backend, target)
     return backend if target == array_type else MovingBackend(backend, array_type, target)
 
 
@@ -217,7 +223,9 @@ def backend_for(options: Options, array_type: str, *arrays: Any) -> Backend:
         array.flags.aligned for array in arrays if array is not None
     )
     return _backend(
-        array_type, *choose(array_type, arrays[0].dtype, options.backend, aligned=aligned)
+        options,
+        array_type,
+        *choose(array_type, arrays[0].dtype, options.backend, aligned=aligned),
     )
 
 
@@ -229,6 +237,8 @@ def checked_constants(
     weights: Any = None,
 ) -> Constants:
     """Return what a backend is told for activations, which errors call ``name``."""
+    if options.norm.axis is not None:
+        axes_of(options.norm.axis, activations.ndim, f"axis={options.norm.axis!r}", name)
     count = _count(options, activations, weights, name)
     return constants_of(options, activations.dtype, count, scale, name)
 
@@ -265,12 +275,6 @@ def checked_weights(
             f"write λ into its gradient instead"
         )
     return check_weights(activations, weights, array_type, gradients, *names)
-
-
-def given(weights: Any, statistics: Any = None) -> dict[str, Any]:
-    """Return what there is of them as arguments, for backends that may not know of them."""
-    options = {"weights": weights, "statistics": statistics}
-    return {name: value for name, value in options.items() if value is not None}
 
 
 # The operations of a regularization, checked.

@@ -132,7 +132,7 @@ def _fused_batch(
     options: Options, xs: tuple[Any, ...], gs: tuple[Any, ...], scale: float
 ) -> tuple[Any, list[Any]] | None:
     """Do all layers by one compiled function if they are plain enough, or return None."""
-    if not xs or type(xs[0]) is not np.ndarray:
+    if not xs or type(xs[0]) is not np.ndarray or options.norm.axis is not None:
         return None
     dtype = xs[0].dtype
     compute = compute_dtype(dtype)
@@ -169,7 +169,7 @@ def penalties_of_rows(
     Arrays are contiguous, native and apart; gradients, if any, are overwritten.
     """
     backend, target = choose(NUMPY, activations.dtype, options.backend)
-    if target != NUMPY:
+    if target != NUMPY or options.norm.axis is not None:
         return None
     penalties = backend.fused_rows(activations, gradients, options, scale)
     if penalties is not None:
@@ -228,7 +228,8 @@ def _checked_batch(
             ]
         if array_type == CUPY:  # on the device; penalties are their own magnitudes
             stacked = sys.modules["cupy"].stack(_of_one_dtype(penalties))
-            return backends[0].penalty(stacked, L1, _SUM), penalties
+            backend = backend_for(options._replace(norm=L1), array_type, stacked)
+            return backend.penalty(stacked, L1, _SUM), penalties
     widest = max((each.dtype for each in penalties), key=lambda dtype: dtype.itemsize)
     return _sum_of(map(float, penalties), widest), penalties
 

@@ -172,6 +172,8 @@ class Norm:
         The same expressions for CUDA.
     """
 
+    axis: tuple[int, ...] | None = None  # of a norm of rows
+
     def __init__(
         self,
         name: str,

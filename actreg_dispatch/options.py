@@ -18,6 +18,8 @@ __all__ = [
     "Constants",
     "Options",
     "Reduction",
+    "axes_of",
+    "check_axes",
     "check_count",
     "check_lam",
     "check_number",
@@ -67,17 +69,28 @@ def divided_axes(reduction: Reduction, ndim: int, name: str = "activations") -> 
     if reduction == "mean":
         return tuple(range(ndim))
     asked = reduction if isinstance(reduction, tuple) else (0,)
+    return axes_of(asked, ndim, f"reduction={reduction!r}", name)
+
+
+def axes_of(asked: tuple[int, ...], ndim: int, option: str, name: str) -> tuple[int, ...]:
+    """Return axes of activations of ``ndim`` axes, none of them negative.
+
+    Raises
+    ------
+    ValueError
+        If activations, which are called ``name``, do not have them, or one is named twice by the
+        ``option``.
+    """
     for axis in asked:
         if not -ndim <= axis < ndim:
             raise ValueError(
-                f"{name} have {ndim or 'no'} axes, but reduction={reduction!r} divides by the "
-                f"length of axis {axis}; name an axis that they have, or use reduction='sum'"
+                f"{name} have {ndim or 'no'} axes, but {option} names axis {axis}; "
+                f"name axes that they have"
             )
     axes = tuple([axis % ndim for axis in asked])
     if len(set(axes)) < len(axes):
         raise ValueError(
-            f"reduction={reduction!r} names an axis of {name} twice, as they have {ndim} axes; "
-            f"name each once"
+            f"{option} names an axis of {name} twice, as they have {ndim} axes; name each once"
         )
     return axes
 
@@ -103,17 +116,26 @@ def check_reduction(value: Any) -> Reduction:
     """
     if isinstance(value, str) and value in REDUCTIONS:
         return value
+    known = ", ".join(map(repr, REDUCTIONS))
+    advice = f"use one of: {known}, or an axis or a tuple of axes whose lengths divide λ"
+    return check_axes(value, f"reduction={value!r}", f"{advice}, such as (0, 1)")
+
+
+def check_axes(value: Any, option: str, advice: str) -> tuple[int, ...]:
+    """Return an axis, or several, as a tuple of them.
+
+    Raises
+    ------
+    ValueError
+        If ``value`` names no axis, or one twice, naming the ``option`` and giving ``advice``.
+    """
     axes = value if isinstance(value, tuple) else (value,)
     if not axes or not all(
         isinstance(axis, numbers.Integral) and not isinstance(axis, bool) for axis in axes
     ):
-        known = ", ".join(map(repr, REDUCTIONS))
-        raise ValueError(
-            f"reduction={value!r} is unknown; use one of: {known}, or an axis or a tuple of axes "
-            f"whose lengths divide λ, such as (0, 1)"
-        )
+        raise ValueError(f"{option} is unknown; {advice}")
     if len(set(axes)) < len(axes):
-        raise ValueError(f"reduction={value!r} names an axis twice; name each once")
+        raise ValueError(f"{option} names an axis twice; name each once")
     return tuple(map(int, axes))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from actreg_dispatch.dtypes import compute_dtype
 from actreg_dispatch.norms import ActivityNorm
 
-__all__ = ["binary64", "exact_result", "exact_sum", "root_of", "rounded"]
+__all__ = ["binary64", "exact_result", "exact_row_result", "exact_sum", "root_of", "rounded"]
 
 
 def exact_sum(
@@ -75,6 +75,37 @@ def exact_result(
     if w is not None:
         updated[w == 0] = gradients[w == 0]
     return penalty, updated
+
+
+def exact_row_result(
+    activations: np.ndarray[Any, Any],
+    gradients: np.ndarray[Any, Any],
+    lam: float,
+    axis: tuple[int, ...],
+    epsilon: float | None = None,
+    scale: float = 1.0,
+    weights: np.ndarray[Any, Any] | None = None,
+) -> tuple[np.floating[Any], np.ndarray[Any, Any]]:
+    """Do :func:`exact_result` for the sum of the L2 norms of all rows, which reach along ``axis``.
+
+    Each norm is rounded to binary64, their exact sum to 53 bits.
+    """
+    compute = compute_dtype(activations.dtype)
+    assert compute is not None
+    real = compute.type
+    w = None if weights is None else np.broadcast_to(weights, activations.shape).astype(compute)
+    last = tuple(range(-len(axis), 0))
+    updated, total = gradients.copy(), Fraction(0)
+    x, g, rows = (np.moveaxis(each, axis, last) for each in (activations, gradients, updated))
+    for row in np.ndindex(x.shape[: x.ndim - len(axis)]):
+        of_row = None if w is None else np.moveaxis(w, axis, last)[row]
+        given = x[row], g[row], ActivityNorm.L2, lam, epsilon, scale, of_row
+        rows[row] = exact_result(*given)[1]
+        squares = rounded(exact_sum(x[row], ActivityNorm.L2, of_row), 53)
+        total += Fraction(binary64(_operation(root_of(squares))))
+    with np.errstate(all="ignore"):
+        size = binary64(Fraction(float(real(lam))) * rounded(total, 53))
+        return real(size), updated
 
 
 def _result(

@@ -13,6 +13,7 @@ from actreg_dispatch.options import (
     UNSCALED,
     Options,
     Reduction,
+    check_axes,
     check_lam,
     check_number,
     check_reduction,
@@ -26,6 +27,7 @@ from actreg_dispatch.registry import (
     check_name,
     library_of,
 )
+from actreg_dispatch.row_norms import row_norm
 from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 
@@ -56,6 +58,10 @@ class ActivityRegularization(Piecewise):
         What λ is divided by, for the penalty and for the gradient: nothing, the number of elements,
         or the product of the lengths of these axes, so ``(0, 1)`` for the tokens of
         ``[batch, time, features]``. ``"batch"`` is axis 0.
+    axis : int or tuple of ints, optional
+        ``"l2"`` only: the axes of a row. The penalty is the sum of the norms of all rows,
+        λ·Σ‖row‖ (the group lasso, L2,1), and the divisor of the gradient and ``epsilon`` are each
+        row's.
     backend : str, optional
         The backend that computes, whatever ``use_backend`` and ``ACTREG_BACKEND`` say; ``"auto"``
         chooses by array type. Data moves to the backend and back if it must.
@@ -90,9 +96,13 @@ class ActivityRegularization(Piecewise):
         *,
         epsilon: float | None = None,
         reduction: Reduction | int = "sum",
+        axis: int | tuple[int, ...] | None = None,
         backend: str | None = None,
     ) -> None:
         found = named_norm(norm)
+        if axis is not None:
+            advice = "pass an axis, such as -1, or a tuple of axes"
+            found = row_norm(found, check_axes(axis, f"axis={axis!r}", advice))
         lam = check_lam(lam, found)
         if epsilon is not None:
             if not found.has_guard:
@@ -121,10 +131,16 @@ class ActivityRegularization(Piecewise):
         *,
         epsilon: float | None = None,
         reduction: Reduction | int = "sum",
+        axis: int | tuple[int, ...] | None = None,
         backend: str | None = None,
     ) -> ActivityRegularization:
-        """Return the L2 regularization, the norm: P(x) = λ·√(Σxᵢ²), gradient (λ·xᵢ)/‖x‖."""
-        return cls(lam, ActivityNorm.L2, epsilon=epsilon, reduction=reduction, backend=backend)
+        """Return the L2 regularization, the norm: P(x) = λ·√(Σxᵢ²), gradient (λ·xᵢ)/‖x‖.
+
+        With ``axis``, the sum of the norms of all rows along it, P(x) = λ·Σ‖row‖; ‖x‖ in the
+        gradient is that of the row of xᵢ.
+        """
+        options: Any = {"epsilon": epsilon, "reduction": reduction, "axis": axis}
+        return cls(lam, ActivityNorm.L2, backend=backend, **options)
 
     @classmethod
     def l2_squared(
@@ -166,7 +182,8 @@ class ActivityRegularization(Piecewise):
         """Return the regularization that has these :attr:`options`."""
         lam, norm, epsilon, reduction, backend = options
         given: Any = lam if len(lam) > 1 else lam[0]
-        return cls(given, norm.name, epsilon=epsilon, reduction=reduction, backend=backend)
+        options_: Any = {"epsilon": epsilon, "reduction": reduction, "axis": norm.axis}
+        return cls(given, norm.name, backend=backend, **options_)
 
     @property
     def lam(self) -> Any:
@@ -195,6 +212,11 @@ class ActivityRegularization(Piecewise):
     def reduction(self) -> Reduction:
         """What λ is divided by: ``"sum"``, nothing, ``"mean"``, ``"batch"``, or a tuple of axes."""
         return self.options.reduction
+
+    @property
+    def axis(self) -> tuple[int, ...] | None:
+        """The axes of a row; None if the norm is that of the whole array."""
+        return self.options.norm.axis
 
     @property
     def backend(self) -> str | None:
@@ -460,6 +482,7 @@ class ActivityRegularization(Piecewise):
             for name, value, default in (
                 ("epsilon", self.epsilon, None),
                 ("reduction", self.reduction, "sum"),
+                ("axis", self.axis, None),
                 ("backend", self.backend, None),
             )
             if value != default

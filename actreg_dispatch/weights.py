@@ -10,7 +10,7 @@ import numpy as np
 from actreg_dispatch.layout import each_once
 from actreg_dispatch.options import Reduction, divided_axes
 
-__all__ = ["check_weight_values", "first_bad", "kept_of"]
+__all__ = ["check_weight_values", "first_bad", "given", "kept_of"]
 
 
 def check_weight_values(weights: Any, name: str = "weights") -> None:
@@ -52,3 +52,9 @@ def kept_of(reduction: Reduction, mask: Any, name: str = "activations") -> int:
     others = tuple(axis for axis in range(mask.ndim) if axis not in axes)
     repeats = math.prod(mask.shape[axis] for axis in axes if each.shape[axis] < mask.shape[axis])
     return max(1, int(each.any(axis=others).sum()) * repeats) if axes else 1
+
+
+def given(weights: Any, statistics: Any = None) -> dict[str, Any]:
+    """Return what there is of them as arguments, for backends that may not know of them."""
+    options = {"weights": weights, "statistics": statistics}
+    return {name: value for name, value in options.items() if value is not None}

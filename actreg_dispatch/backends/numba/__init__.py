@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from actreg_dispatch.backend import Backend
-from actreg_dispatch.backends.numba import drivers, functions
+from actreg_dispatch.backends.numba import drivers, functions, row_norms
 from actreg_dispatch.backends.numba.addresses import BLOCK, SUMS, Call, Plan
 from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.compiling import kernel_of
@@ -30,6 +30,7 @@ from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse, each_once
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants, Options, Reduction, count_of, divided_axes
+from actreg_dispatch.row_norms import RowNorm
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
@@ -169,6 +170,27 @@ class NumbaBackend(Backend):
         """Do :meth:`add_gradient` as if ``gradients`` were 0, whatever they hold."""
         given = activations, gradients, norm, constants, coefficients, weights
         _update(*given, overwrites=True)
+
+    def apply_to_rows(
+        self,
+        activations: Array,
+        gradients: Array | None,
+        norm: RowNorm,
+        constants: Constants,
+        weights: Array | None = None,
+    ) -> Any:
+        """Return the penalty of many rows, and add the gradient to any gradients."""
+        if _bad_and_large(weights)[1] and activations.dtype == FLOAT64:
+            return None
+        return row_norms.apply_to_rows(self, activations, gradients, norm, constants, weights)
+
+    def sum_of_rows(
+        self, activations: Array, norm: RowNorm, weights: Array | None = None
+    ) -> Total | None:
+        """Return the exact sum of the sizes of many rows."""
+        if _bad_and_large(weights)[1] and activations.dtype == FLOAT64:
+            return None
+        return row_norms.sum_of_rows(self, activations, norm, weights)
 
     def fused_kernel(
         self, norm: Norm, reduction: Reduction, activations: Array, *, writes: bool

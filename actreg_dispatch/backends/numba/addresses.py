@@ -24,6 +24,8 @@ __all__ = [
     "BLOCK",
     "BLOCK_SIGNATURE",
     "CALL_SIGNATURE",
+    "ENDS",
+    "SHARES",
     "SUMS",
     "TOTALS",
     "WHOLE_SIGNATURE",
@@ -37,6 +39,7 @@ __all__ = [
     "dense_row",
     "new_block",
     "new_call",
+    "new_ends",
     "new_total",
     "new_totals",
     "plan_at",
@@ -47,6 +50,7 @@ _LAMS = ctypes.c_double * MOST_LAMS
 SUMS = 4  # numbers that sums take: a pair (hi, lo) for each
 TOTALS = SUMS + 3  # and how many elements were counted, how many were not 0, and the largest
 BLOCK = PLAIN_TERMS  # elements that one thread does at a time
+ENDS = 128  # of the brackets of some rows
 SHARES = 256  # of a call, which threads take in turn
 
 
@@ -171,6 +175,7 @@ def _on_the_stack(size: int, zeros: bool = True) -> Any:
 
 new_call, new_total = _on_the_stack(ctypes.sizeof(Call) // 8), _on_the_stack(TOTALS)
 new_totals, new_block = _on_the_stack(SHARES * TOTALS), _on_the_stack(BLOCK, zeros=False)
+new_ends = _on_the_stack(ENDS, zeros=False)
 
 
 @intrinsic

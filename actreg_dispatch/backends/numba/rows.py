@@ -58,6 +58,7 @@ __all__ = [
     "square",
     "store_of",
     "summing_of",
+    "update_only",
 ]
 
 # Compiled code calls the shared arithmetic by its own name.
@@ -276,7 +277,7 @@ def _sum_tile(xs, gs, ws, exponent, magnitude, element_of, update, gradient, lam
     total, rest = 0.0, 0.0
     for j in range(xs.size):
         value, each = element_of(xs, ws, j)
-        term, excess = magnitude(value, each)
+        term, excess = magnitude(np.float64(value), np.float64(each))
         high = (term + anchor) - anchor
         total = plus(total, high)
         rest = plus(rest, (term - high) - excess)
@@ -299,7 +300,7 @@ def _largest_of_terms(xs, ws, magnitude):  # type: ignore[no-untyped-def]
     largest, nonzero = 0, 0
     for j in range(xs.size):
         value, each = _with_weight(xs, ws, j)
-        largest = max(largest, as_int(magnitude(value, each)[0]))
+        largest = max(largest, as_int(magnitude(np.float64(value), np.float64(each))[0]))
         nonzero |= (value != 0.0) & (each != 0.0)
     return exponent_of(as_float(largest)) if nonzero else 0
 
