@@ -24,8 +24,7 @@ __all__ = [
     "BLOCK",
     "BLOCK_SIGNATURE",
     "CALL_SIGNATURE",
-    "ENDS",
-    "SHARES",
+    "ROWS",
     "SUMS",
     "TOTALS",
     "WHOLE_SIGNATURE",
@@ -50,7 +49,7 @@ _LAMS = ctypes.c_double * MOST_LAMS
 SUMS = 4  # numbers that sums take: a pair (hi, lo) for each
 TOTALS = SUMS + 3  # and how many elements were counted, how many were not 0, and the largest
 BLOCK = PLAIN_TERMS  # elements that one thread does at a time
-ENDS = 128  # of the brackets of some rows
+ROWS = 64  # in a block at most, where a norm is one of rows
 SHARES = 256  # of a call, which threads take in turn
 
 
@@ -71,6 +70,8 @@ class Call(ctypes.Structure):
         ("gather", ctypes.c_int64),
         ("needs_exact_sum", ctypes.c_int64),  # since some weights are too large
         ("count_elements", ctypes.c_int64),  # what counts for statistics, if it is wanted
+        ("sizes", ctypes.c_int64),  # of rows, if they are wanted
+        ("undecided", ctypes.c_int64),  # rows, which are marked
         ("size", ctypes.c_int64),
         ("length", ctypes.c_int64),  # of a row
         ("x_step", ctypes.c_int64),
@@ -175,7 +176,7 @@ def _on_the_stack(size: int, zeros: bool = True) -> Any:
 
 new_call, new_total = _on_the_stack(ctypes.sizeof(Call) // 8), _on_the_stack(TOTALS)
 new_totals, new_block = _on_the_stack(SHARES * TOTALS), _on_the_stack(BLOCK, zeros=False)
-new_ends = _on_the_stack(ENDS, zeros=False)
+new_ends = _on_the_stack(2 * ROWS, zeros=False)
 
 
 @intrinsic

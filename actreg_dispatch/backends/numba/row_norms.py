@@ -8,28 +8,31 @@ updated with the exact sum.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
 from numba.extending import register_jitable
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba.addresses import (
     BLOCK,
-    ENDS,
-    SHARES,
+    BLOCK_SIGNATURE,
+    ROWS,
+    SUMS,
+    TOTALS,
+    Call,
+    call_at,
     dense_row,
     new_ends,
     strided_row,
 )
 from actreg_dispatch.backends.numba.bits import bits_of
-from actreg_dispatch.backends.numba.compiling import compile_kernel, kernel_of
-from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM
+from actreg_dispatch.backends.numba.compiling import compile_function, kernel_of
+from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM, pass_kernel
 from actreg_dispatch.backends.numba.rows import (
     add_gradient,
     gradient_of,
@@ -37,6 +40,7 @@ from actreg_dispatch.backends.numba.rows import (
     named,
     no_gradient,
     no_update,
+    store_of,
     summing_of,
     update_only,
 )
@@ -46,38 +50,26 @@ from actreg_dispatch.norms import L1, Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.row_norms import RowNorm, outcome_of_row
 from actreg_dispatch.runtime.threads import interrupts_wait, may_use_threads
-from actreg_dispatch.sums.certified import anchored_bound, merge_pairs, two_sum
+from actreg_dispatch.sums.certified import anchored_bound, merge_pairs, merge_totals, two_sum
 from actreg_dispatch.sums.exact import PartialSum, Total, outcome_of
 
-__all__ = ["apply_to_rows", "rows_kernel", "sum_of_rows"]
+__all__ = ["apply_to_rows", "rows_function", "sum_of_rows"]
 
 Array = np.ndarray[Any, Any]
 
-_GROUP = ENDS // 2  # rows that are summed before they are updated, and their sizes normalized
 _FEW, _MANY = 16, 64  # rows of fewer elements than many are done by the few, vectors and no loop
 _COPIED = 1 << 18  # elements that are copied at a time where they do not lie in rows
-# Of a share of the rows: the sum of the sizes that are finite (hi, lo), how much more it may be,
-# and the sum of those that are not.
-RESULTS, DOUBT, SPECIAL = 4, 2, 3
 
 
-def rows_kernel(
-    norm: Norm,
-    dtype: np.dtype[Any],
-    anchored: bool,
-    writes: bool,
-    weighted: bool,
-    parallel: bool,
-) -> Any:
-    """Compile what finds the sizes of rows, and adds the gradient of ``norm`` if it ``writes``.
+def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bool) -> Any:
+    """Compile what finds the sizes of a block of rows, and adds the gradient of ``norm``.
 
-    It is given the addresses of activations, gradients and weights, the number of rows and their
-    length, the steps in bytes from row to row and from weight to weight, λ of the gradient,
-    epsilon, where the size of each row goes, if that has room, where the rows are marked that are
-    left undone, and the results of each share. Rows of ``anchored`` sums are left if their size is
-    not certain, others if the gradient is not.
+    It is a block function, of a call whose pieces are rows. It adds no gradient where the call has
+    no gradients, and leaves the size of each row where there is room. A row is marked as undecided
+    whose gradient is not certain, or, if sizes are wanted, whose size is not. The total is the sum
+    of the sizes that are finite, a pair, how much more it may be, and the sum of the others.
     """
-    key = norm.source, dtype, anchored, writes, weighted, parallel
+    key = norm.source, dtype, anchored, weighted
 
     def inline(function: Any) -> Any:
         return register_jitable(forceinline=True)(named(function, *key))
@@ -85,11 +77,11 @@ def rows_kernel(
     summing = summing_of(norm.terms, FLOAT64 if anchored else dtype, weighted)
     sum_row, zero, _, first, second, element_of, largest_of = summing
     evaluate, agree = (register_jitable(forceinline=True)(f) for f in (norm.evaluate, norm.agree))
-    gradient = gradient_of(norm, weighted) if writes else no_gradient
+    gradient = gradient_of(norm, weighted)
     load_lam, load_c = load_of(norm.n_lams), load_of(norm.n_coefficients)
     element, itemsize = bits_of(dtype).type, dtype.itemsize
     real: Any = COMPUTE_DTYPES[dtype].type
-    ones = (1.0,) * norm.n_lams
+    ones, store = (1.0,) * norm.n_lams, store_of(TOTALS)
     weights_at = _weights_at if weighted else _no_weights
 
     @inline
@@ -148,57 +140,52 @@ def rows_kernel(
                 length -= _FEW
         update_piece(x, g, w, length, w_step, lams, c)
 
-    def kernel(
-        x, g, w, rows, length, x_row, g_row, w_row, w_step, lam, epsilon, sizes, left, results
-    ):  # type: ignore[no-untyped-def]
-        shares = len(results)
+    def block(address, number, there):  # type: ignore[no-untyped-def]
+        call = call_at(address)
+        length, w_step, epsilon = call.length, call.w_step, call.epsilon
+        _, x_row, g_row, w_row = dense_row(np.int64, call.axes, 4, 8)
+        lam = load_lam(call.gradient_lam, real)
         bound = anchored_bound(length) if anchored else (min(length, BLOCK) + 8) * 2.0**-53
-        lams = load_lam(lam, real)
-        for share in numba.prange(shares):
-            begin, end = share * rows // shares, (share + 1) * rows // shares
-            hi, lo, doubt, special = 0.0, 0.0, 0.0, 0.0
-            ends = dense_row(np.float64, new_ends(), ENDS, 8)
-            for start in range(begin, end, _GROUP):
-                total, rest = 0.0, 0.0
-                for k in range(min(_GROUP, end - start)):
-                    x_here, w_here = x + (start + k) * x_row, w + (start + k) * w_row
-                    ends[2 * k], ends[2 * k + 1] = bracket_of(x_here, w_here, length, w_step, bound)
-                for k in range(min(_GROUP, end - start)):
-                    row = start + k
-                    below, above = ends[2 * k], ends[2 * k + 1]
-                    x_here, w_here = x + row * x_row, w + row * w_row
-                    one = evaluate((below,), ones, ones, epsilon, np.float64)
-                    other = evaluate((above,), ones, ones, epsilon, np.float64)
-                    its_size, more = one[0], other[0] - one[0]
-                    if math.isfinite(its_size):
-                        total, error = two_sum(total, its_size)
-                        rest += error
-                        doubt += more
-                    else:
-                        special += its_size
-                    if len(sizes) > 0:
-                        sizes[row] = its_size
-                        left[row] = more > 0.0
-                    if writes:
-                        c = load_c(one[1], real)
-                        certain = not math.isfinite(its_size) or agree(
-                            (0.0, c, one[2]), (0.0, load_c(other[1], real), other[2])
-                        )
-                        left[row] = not certain
-                        if certain and one[2]:
-                            update(x_here, g + row * g_row, w_here, length, w_step, lams, c)
-                total, rest = two_sum(total, rest)
-                hi, lo = merge_pairs(hi, lo, total, rest)
-            mine = results[share]
-            mine[0], mine[1], mine[2], mine[3] = hi, lo, doubt, special
+        first_row = number * call.pieces_per_block
+        count = min(call.pieces_per_block, call.all_pieces - first_row)
+        x, g = call.activations + first_row * x_row, call.gradients + first_row * g_row
+        w = call.weights + first_row * w_row
+        ends = dense_row(np.float64, new_ends(), 2 * count, 8)
+        for k in range(count):
+            ends[2 * k], ends[2 * k + 1] = bracket_of(
+                x + k * x_row, w + k * w_row, length, w_step, bound
+            )
+        wanted = call.sizes != 0
+        sizes = dense_row(np.float64, call.sizes + 8 * first_row, count, 8)
+        undecided = dense_row(np.uint8, call.undecided + first_row, count, 1)
+        total, rest, doubt, special = 0.0, 0.0, 0.0, 0.0
+        for k in range(count):
+            below, above = ends[2 * k], ends[2 * k + 1]
+            one = evaluate((below,), ones, ones, epsilon, np.float64)
+            other = evaluate((above,), ones, ones, epsilon, np.float64)
+            size, more = one[0], other[0] - one[0]
+            is_finite = math.isfinite(size)
+            if is_finite:
+                total, error = two_sum(total, size)
+                rest += error
+                doubt += more
+            else:
+                special += size
+            if wanted:
+                sizes[k] = size
+                undecided[k] = more > 0.0
+            if call.gradients != 0:
+                c = load_c(one[1], real)
+                at_other_end = 0.0, load_c(other[1], real), other[2]
+                certain = not is_finite or agree((0.0, c, one[2]), at_other_end)
+                undecided[k] = not certain
+                if certain and one[2]:
+                    update(x + k * x_row, g + k * g_row, w + k * w_row, length, w_step, lam, c)
+        total, rest = two_sum(total, rest)
+        store(dense_row(np.float64, there, TOTALS, 8), (total, rest, doubt, 0.0, special, 0.0, 0.0))
+        return 0
 
-    whole, numbers = types.int64, types.Array(types.float64, 1, "C")
-    signature = types.void(
-        *(whole,) * 9,
-        *(numbers, types.float64, numbers),
-        *(types.Array(types.uint8, 1, "C"), types.Array(types.float64, 2, "C")),
-    )
-    return compile_kernel(kernel, signature, *key, parallel=parallel)
+    return compile_function(block, BLOCK_SIGNATURE, *key)
 
 
 @register_jitable
@@ -228,41 +215,37 @@ def apply_to_rows(
 
     Weights have been checked. What is not certain, ``backend`` sums exactly.
     """
-    compute, n_rows = COMPUTE_DTYPES[x.dtype], 0
-    hi, lo, doubt, special = 0.0, 0.0, 0.0, 0.0
+    compute, size, total = COMPUTE_DTYPES[x.dtype], math.prod(x.shape), (0.0,) * TOTALS
     with interrupts_wait():
         for xs, gs, ws in _matrices(x, g, w, len(norm.axis)):
-            results, left = _run(xs, gs, ws, norm.of_row, constants, _NO_SIZES)
-            for share in results.tolist():
-                hi, lo = merge_pairs(hi, lo, share[0], share[1])
-                doubt, special = doubt + share[DOUBT], special + share[SPECIAL]
-            if gs is not None:
-                for row in np.flatnonzero(left):
-                    _update_exactly(backend, xs[row], gs[row], norm.of_row, constants, ws, row)
-            n_rows += len(xs)
-    margin = 2.0 * anchored_bound(n_rows) * hi  # twice, as in certified_one
+            found, undecided = _run(xs, gs, ws, norm.of_row, constants)
+            for row in np.flatnonzero(undecided):
+                _update_exactly(backend, xs[row], gs[row], norm.of_row, constants, ws, row)
+            total = (*merge_totals(total[:SUMS], found[:SUMS]), total[SUMS] + found[SUMS])
+    hi, lo, doubt, _, special = total[: SUMS + 1]
+    margin = 2.0 * anchored_bound(size) * hi  # twice, as in certified_one
     ends = hi + (lo - margin), hi + (lo + (margin + 2.0 * doubt))
     if special != 0.0:
         ends = special, special
     below, above = (_penalty(norm, compute, constants, end) for end in ends)
-    if below != above and not math.isnan(special):
-        total = sum_of_rows(backend, x, norm, w)
-        return compute.type(outcome_of(total, norm, constants).penalty)
-    return below
+    if below == above or math.isnan(special):
+        return below
+    exact = sum_of_rows(backend, x, norm, w)
+    return compute.type(outcome_of(exact, norm, constants).penalty)
 
 
 def sum_of_rows(backend: Backend, x: Array, norm: RowNorm, w: Array | None) -> Total:
     """Return the sum of the sizes of rows, exactly."""
-    compute = COMPUTE_DTYPES[x.dtype]
-    total: Any = PartialSum(1, compute)
+    compute, of_row = COMPUTE_DTYPES[x.dtype], norm.of_row
+    total = PartialSum(1, FLOAT64)
     for xs, _, ws in _matrices(x, None, w, len(norm.axis)):
         sizes = np.empty(len(xs))
-        _, left = _run(xs, None, ws, norm.of_row, _NOTHING, sizes)
-        for row in np.flatnonzero(left):
-            exact = backend.partial_sum(xs[row], norm.of_row, None if ws is None else ws[row])
-            sizes[row] = outcome_of_row(exact, norm.of_row, 0.0).penalty
-        total += replace(backend.partial_sum(sizes, L1), dtype=compute)  # type: ignore[type-var]
-    return total
+        _, undecided = _run(xs, None, ws, of_row, _NOTHING, sizes)
+        for row in np.flatnonzero(undecided):
+            exact = backend.partial_sum(xs[row], of_row, None if ws is None else ws[row])
+            sizes[row] = outcome_of_row(exact, of_row, 0.0).penalty
+        total += backend.partial_sum(sizes, L1)  # type: ignore[assignment]
+    return replace(total, dtype=compute)
 
 
 def _penalty(norm: RowNorm, compute: np.dtype[Any], constants: Constants, total: float) -> Any:
@@ -277,31 +260,41 @@ def _run(
     w: Array | None,
     norm: Norm,
     constants: Constants,
-    sizes: Array,
-) -> tuple[Array, Array]:
-    """Run the kernel over matrices, and return the results of all shares, and which rows are left.
+    sizes: Array | None = None,
+) -> tuple[tuple[float, ...], Array]:
+    """Run the pass over matrices, and return its total, and which rows are undecided.
 
-    Sizes are found in anchored sums if there is room for them.
+    If there is room for sizes, the sums are anchored.
     """
     n_rows, length = x.shape
-    anchored = x.dtype == FLOAT64 or sizes.size > 0
+    marks = np.empty(0 if g is None is sizes else n_rows, np.uint8)
+    steps = [0 if each is None else each.strides[0] for each in (x, g, w)]
+    axes = np.array([n_rows, *steps], np.int64)
+    per_block = min(ROWS, max(1, BLOCK // length))
+    call = Call(
+        activations=x.ctypes.data,
+        gradients=0 if g is None else g.ctypes.data,
+        weights=0 if w is None else w.ctypes.data,
+        sizes=0 if sizes is None else sizes.ctypes.data,
+        undecided=marks.ctypes.data,
+        size=x.size,
+        length=length,
+        w_step=0 if w is None else w.strides[1],
+        axes=axes.ctypes.data,
+        all_pieces=n_rows,
+        pieces_per_block=per_block,
+        blocks=-(-n_rows // per_block),
+        epsilon=constants.epsilon,
+    )
+    call.gradient_lam[: norm.n_lams] = constants.gradient_lam
+    anchored = x.dtype == FLOAT64 or sizes is not None
+    function = kernel_of(rows_function, norm, x.dtype, anchored, w is not None)
     parallel = x.size >= PARALLEL_FROM and may_use_threads()
-    shares = min(SHARES, -(-n_rows // _GROUP)) if parallel else 1
-    results, left = np.zeros((shares, RESULTS)), np.empty(n_rows, np.uint8)
-    kernel = kernel_of(rows_kernel, norm, x.dtype, anchored, g is not None, w is not None, parallel)
-    lam, epsilon = (
-        ((0.0,), 0.0) if constants is None else (constants.gradient_lam, constants.epsilon)
-    )
-    g, weights = x if g is None else g, x if w is None else w
-    kernel(
-        *(x.ctypes.data, g.ctypes.data, weights.ctypes.data, n_rows, length),
-        *(x.strides[0], g.strides[0], *weights.strides),
-        *(np.array(lam), epsilon, sizes, left, results),
-    )
-    return results, left
+    kernel_of(pass_kernel, parallel)(function.address, ctypes.addressof(call))
+    return tuple(call.total), marks
 
 
-_NOTHING, _NO_SIZES = Constants((0.0,), (0.0,), 0.0), np.empty(0)
+_NOTHING = Constants((0.0,), (0.0,), 0.0)
 
 
 def _update_exactly(
