@@ -26,7 +26,8 @@ is known. Of activations larger than memory, take the total first, and then what
 >>> import dask.array as da
 >>> import numpy as np
 >>> from actreg_dispatch import ActivityRegularization
->>> from actreg_dispatch.runtime.threads import serially
+>>> from actreg_dispatch.row_norms import row_axes
+from actreg_dispatch.runtime.threads import serially
 >>> reg = ActivityRegularization.l2(1.0)
 >>> activations = da.from_array(np.array([3.0, 0.0, 0.0, 4.0]), chunks=2)
 >>> total = reg.partial_sum(activations).compute()
@@ -67,6 +68,7 @@ from actreg_dispatch.options import (
 )
 from actreg_dispatch.registry import NUMPY, requested
 from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.row_norms import row_axes
 from actreg_dispatch.runtime.threads import serially
 from actreg_dispatch.statistics import refuse_statistics
 from actreg_dispatch.sums.exact import Total
@@ -190,7 +192,7 @@ def _(reg: ActivityRegularization) -> Any:
 
 @normalize_token.register(Norm)  # type: ignore[untyped-decorator]
 def _(norm: Norm) -> Any:
-    return norm.name, norm.source
+    return norm.name, norm.source, norm.axis
 
 
 def _frozen(reg: ActivityRegularization) -> Options:
@@ -269,6 +271,12 @@ def _penalty(
 
 def _total(options: Options, activations: da.Array, weights: da.Array | None) -> da.Array:
     """Return the sum over all chunks: a 0-d array whose one chunk is an exact sum, or a pair."""
+    for axis in row_axes(options.norm, activations.ndim):
+        if activations.numblocks[axis] > 1:
+            raise ValueError(
+                f"activations have {activations.numblocks[axis]} chunks along axis {axis}, along "
+                f"which rows reach, but rows must be whole; use activations.rechunk({{{axis}: -1}})"
+            )
     if weights is None:
         return _added_up("actreg-sum", partial(_sum_chunk, options=options), activations)
     task = partial(_weighted_sum_chunk, options=options, along=_along(weights))

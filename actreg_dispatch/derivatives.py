@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actreg_dispatch.norms import Norm, signed, signed_by_type, sqrt
+from actreg_dispatch.row_norms import RowNorm
 
 __all__ = ["gradient_expression", "weights_gradient_expression"]
 
@@ -32,8 +33,9 @@ def gradient_expression(
     x : array
         Of the compute dtype, with at least one element.
     unit : array
-        Its largest magnitude, a constant for whoever differentiates, or 1 where that is 0 or not
-        finite. Sums are taken of ``x / unit``, so that their squares stay in range.
+        Its largest magnitude, or that of each row, with axes of length 1 for those that it reaches
+        along; a constant for whoever differentiates, or 1 where that is 0 or not finite. Sums are
+        taken of ``x / unit``, so that their squares stay in range.
     lam : tuple of arrays
         λ of the gradient, 0-d.
     epsilon : float
@@ -77,6 +79,9 @@ def _gradient_at(
     weights: Any,
 ) -> Any:
     """Return what the gradient of ``x`` would be at elements of the values ``place``."""
+    axis = norm.axis
+    if isinstance(norm, RowNorm):
+        norm = norm.of_row
     if not norm.two_pass:
         return norm.gradient(place, lam, ())
     one, scaled = unit / unit, x / unit
@@ -85,7 +90,7 @@ def _gradient_at(
         for degree, power in powers.items():  # what is left out may be beyond the range
             summed = where((weights != 0) | (power - power == 0), power, one)
             powers[degree] = weights * summed
-    sums = [(powers[degree].sum(), degree) for degree in norm.terms]
+    sums = [(powers[degree].sum(axis=axis, keepdims=True), degree) for degree in norm.terms]
     lams = tuple(_Scaled(each, 0, unit) for each in lam)
 
     exists = norm.guard(

@@ -19,7 +19,6 @@ from actreg_dispatch.options import (
     UNSCALED,
     Constants,
     Options,
-    axes_of,
     check_count,
     check_scale,
     constants_of,
@@ -32,7 +31,7 @@ from actreg_dispatch.registry import (
     asked_by_context,
     choose,
 )
-from actreg_dispatch.row_norms import RowsBackend
+from actreg_dispatch.row_norms import RowsBackend, row_axes
 from actreg_dispatch.statistics import check_statistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
@@ -237,8 +236,7 @@ def checked_constants(
     weights: Any = None,
 ) -> Constants:
     """Return what a backend is told for activations, which errors call ``name``."""
-    if options.norm.axis is not None:
-        axes_of(options.norm.axis, activations.ndim, f"axis={options.norm.axis!r}", name)
+    row_axes(options.norm, activations.ndim, name)  # which may not be there
     count = _count(options, activations, weights, name)
     return constants_of(options, activations.dtype, count, scale, name)
 

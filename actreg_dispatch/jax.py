@@ -41,6 +41,7 @@ from actreg_dispatch.norms import signed_by_type, sqrt
 from actreg_dispatch.options import Options, check_scale, constants_of, count_of, divided_axes
 from actreg_dispatch.registry import AUTO, NUMPY, array_type_of, requested, why_unavailable
 from actreg_dispatch.regularization import ActivityRegularization, check_regularization
+from actreg_dispatch.row_norms import row_axes
 from actreg_dispatch.runtime.huge_pages import FROM_BYTES, ask_for_huge_pages
 from actreg_dispatch.statistics import refuse_statistics
 from actreg_dispatch.sums.exact import Total
@@ -193,6 +194,7 @@ def _check(reg: Any, activations: Any, weights: Any = None) -> None:
         )
     options, dtype = reg.options, _stored_dtype(activations)
     constants_of(options, dtype, count_of(options.reduction, activations.shape))
+    row_axes(options.norm, activations.ndim)
     if weights is None:
         return
     if not (isinstance(weights, jax.Array) and isinstance(weights.dtype, np.dtype)):  # or keys
@@ -443,7 +445,7 @@ def _expressed(expression: Any, options: Options, x: Any, w: Any) -> Any:
             lams = tuple(each * factor for each in lams)
         w = w.astype(x.dtype)
         size = jnp.where(w != 0, size, 0)
-    largest = jax.lax.stop_gradient(jnp.max(size))
+    largest = jax.lax.stop_gradient(jnp.max(size, options.norm.axis, keepdims=True))
     usual = (largest >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(largest)
     unit = jnp.where(usual, largest, 1)
     if w is not None:

@@ -156,6 +156,7 @@ def _config(reg: ActivityRegularization) -> dict[str, Any]:
         "lam": list(lam) if len(lam) > 1 else lam[0],
         "epsilon": epsilon,
         "reduction": list(reduction) if isinstance(reduction, tuple) else reduction,
+        "axis": None if norm.axis is None else list(norm.axis),
         "backend": backend,
     }
 
@@ -164,7 +165,8 @@ def _regularization(config: dict[str, Any]) -> ActivityRegularization:
     for name in ("norm", "lam"):
         if name not in config:
             raise ValueError(f"config={config!r} has no {name!r}; pass what get_config returned")
-    reduction = config.get("reduction", "sum")
-    if isinstance(reduction, list):
-        reduction = tuple(reduction)
-    return ActivityRegularization(**{**config, "reduction": reduction})
+    options: Any = {
+        name: tuple(value) if name in ("reduction", "axis") and isinstance(value, list) else value
+        for name, value in config.items()
+    }
+    return ActivityRegularization(**options)

@@ -25,7 +25,7 @@ from actreg_dispatch.sums.exact import UNIT, PartialSum, Total, outcome_of
 from actreg_dispatch.transfer import move, on_device_of
 from actreg_dispatch.weights import check_weight_values, given
 
-__all__ = ["RowNorm", "RowsBackend", "outcome_of_row", "row_norm", "rows_of"]
+__all__ = ["RowNorm", "RowsBackend", "outcome_of_row", "row_axes", "row_norm", "rows_of"]
 
 _NOTHING = Constants((0.0,), (0.0,), 0.0)
 
@@ -45,7 +45,8 @@ class RowNorm(Norm):
 
     def __init__(self, of_row: Norm, axis: tuple[int, ...]) -> None:
         vars(self).update(vars(of_row))
-        self.of_row, self.axis = of_row, axis
+        self.of_row = of_row
+        self.axis: tuple[int, ...] = axis
         self.terms, self.two_pass, self.evaluate = L1.terms, False, L1.evaluate
 
     def __repr__(self) -> str:
@@ -77,6 +78,17 @@ def _takes_axis(norm: Norm) -> bool:
     return norm.has_guard and norm.takes_weights and norm.n_lams == len(norm.terms) == 1
 
 
+def row_axes(norm: Norm, ndim: int, name: str = "activations") -> tuple[int, ...]:
+    """Return the axes of a row of activations of ``ndim`` axes; none if the norm is not of rows.
+
+    Raises
+    ------
+    ValueError
+        If activations, which are called ``name``, do not have them.
+    """
+    return () if norm.axis is None else axes_of(norm.axis, ndim, f"axis={norm.axis!r}", name)
+
+
 def rows_of(array: Any, norm: RowNorm) -> Any:
     """Return a view of ``array`` whose last axes are those of a row.
 
@@ -85,7 +97,7 @@ def rows_of(array: Any, norm: RowNorm) -> Any:
     ValueError
         If there are no such axes.
     """
-    axes = axes_of(norm.axis, array.ndim, f"axis={norm.axis!r}", "activations")
+    axes = row_axes(norm, array.ndim)
     others = [axis for axis in range(array.ndim) if axis not in axes]
     return array.transpose(*others, *sorted(axes))
 
@@ -162,10 +174,8 @@ class RowsBackend(Backend):
         weights: Any,
         statistics: Any,
     ) -> Any:
-        x, g, w = (
-            None if each is None else rows_of(each, norm)
-            for each in (activations, gradients, weights)
-        )
+        x: Any = rows_of(activations, norm)
+        g, w = (None if each is None else rows_of(each, norm) for each in (gradients, weights))
         check_weight_values(weights)
         if len(norm.axis) == x.ndim:  # a single row
             of_row, one = norm.of_row, self._backend

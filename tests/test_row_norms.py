@@ -301,3 +301,71 @@ def test_the_axis_is_an_option():
     reg.lam = 0.2
     assert reg == ActivityRegularization(0.2, "l2", axis=-1)
     assert ActivityRegularization.l2(0.1).axis is None
+
+
+@pytest.mark.parametrize("axis", [-1, (0, 2)])
+def test_arrays_of_all_libraries_have_rows(arrays, axis):
+    x, g = random((4, 5, 6), np.float32), np.ones((4, 5, 6), np.float32)
+    w = np.abs(random((6,), np.float32, seed=1))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    reg = arrays.regularization(0.3, "l2", axis=axis)
+    there, weights = arrays.array(x), arrays.array(w)
+    if arrays.name == "dask":
+        there = there.rechunk(dict.fromkeys(axes, -1))
+    for given, of_row in (({}, None), ({"weights": weights}, w)):
+        expected = exact_row_result(x, np.zeros_like(x), 0.3, axes, weights=of_row)
+        penalty, gradient = reg.penalty_and_gradient(there, **given)
+        assert arrays.host(penalty).tobytes() == expected[0].tobytes()
+        assert_array_equal(arrays.host(gradient), expected[1])
+        assert arrays.host(reg.penalty(there, **given)).tobytes() == expected[0].tobytes()
+    if arrays.name not in ("jax", "dask"):
+        expected = exact_row_result(x, g, 0.3, axes)
+        assert [a.tobytes() for a in arrays.updated(reg, x, g)] == [a.tobytes() for a in expected]
+    flat = arrays.array(np.ones((), np.float32))
+    with pytest.raises(ValueError, match=r"activations have no axes, but axis="):
+        reg.penalty(flat)
+
+
+def test_chunks_must_hold_whole_rows():
+    da = pytest.importorskip("dask.array")
+    x = da.ones((6, 8), chunks=(2, 4))
+    reg = ActivityRegularization.l2(0.1, axis=-1)
+    for call in (reg.penalty, reg.penalty_and_gradient, reg.partial_sum):
+        with pytest.raises(ValueError, match=r"2 chunks along axis 1.*rechunk\(\{1: -1\}\)"):
+            call(x)
+    whole = x.rechunk({1: -1})
+    other = ActivityRegularization.l2(0.1, axis=0)
+    assert float(reg.penalty(whole).compute()) == reg.penalty(np.ones((6, 8)))
+    assert reg.penalty(whole).name != ActivityRegularization.l2(0.1).penalty(whole).name
+    assert float(other.penalty(x.rechunk({0: -1})).compute()) == other.penalty(np.ones((6, 8)))
+
+
+def test_jax_transforms_and_differentiates_norms_of_rows():
+    jax = pytest.importorskip("jax")
+    jnp = jax.numpy
+    x = random((4, 5), np.float32)
+    x[-1] = 1e-25  # whose squares are below the range
+    reg = ActivityRegularization.l2(0.3, axis=-1, epsilon=0.0)
+    expected = exact_row_result(x, np.zeros_like(x), 0.3, (-1,), epsilon=0.0)
+    value, gradient = jax.jit(jax.value_and_grad(reg.penalty))(jnp.asarray(x))
+    assert np.asarray(value).tobytes() == expected[0].tobytes()
+    assert_array_equal(np.asarray(gradient), expected[1])
+    batch = jnp.asarray(np.stack([x, 2 * x]))
+    found = jax.vmap(reg.penalty)(batch)
+    assert_array_equal(np.asarray(found), [reg.penalty(np.asarray(each)) for each in batch])
+
+    x = jnp.asarray(random((4, 5), np.float32) + np.float32(0.5))
+    np.testing.assert_allclose(
+        jax.hessian(reg.penalty)(x), jax.jacfwd(jax.grad(lambda x: _rows(jnp, x)))(x), atol=1e-6
+    )
+
+
+def _rows(module, x):
+    return 0.3 * module.sqrt((x * x).sum(-1)).sum()
+
+
+def test_files_are_refused(tmp_path):
+    files = pytest.importorskip("actreg_dispatch.files")
+    np.save(tmp_path / "x.npy", np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"is a norm of rows.*use Dask"):
+        files.penalty(ActivityRegularization.l2(0.1, axis=-1), tmp_path / "x.npy")

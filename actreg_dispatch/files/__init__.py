@@ -151,7 +151,7 @@ def penalty(
     ...     float(penalty(ActivityRegularization.l1(0.5), path).penalty)
     2.0
     """
-    check_regularization(reg)
+    _check(reg)
     with contextlib.ExitStack() as opened:
         x, w = _opened(opened, activations, weights, dtype)
         run = _Run(reg.options, x, w, 1.0, progress)
@@ -196,7 +196,7 @@ def apply(
     PartlyUpdatedError
         If something failed later on. Mend it, and call again with ``resume=True``.
     """
-    check_regularization(reg)
+    _check(reg)
     path = _path("gradients", gradients)
     with contextlib.ExitStack() as opened:
         x, w = _opened(opened, activations, weights, dtype)
@@ -219,6 +219,15 @@ def _opened(
         w = open_store("weights", paths[1], dtype, weighs=True)
         opened.callback(w.close)
     return x, w
+
+
+def _check(reg: Any) -> None:
+    check_regularization(reg)
+    if reg.axis is not None:
+        raise ValueError(
+            f"reg={reg!r} is a norm of rows, but a file is read in blocks that may cut them; map "
+            f"the file with numpy.load(path, mmap_mode='r'), or use Dask"
+        )
 
 
 def _path(name: str, value: Any) -> str:

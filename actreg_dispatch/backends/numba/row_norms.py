@@ -219,7 +219,7 @@ def apply_to_rows(
     with interrupts_wait():
         for xs, gs, ws in _matrices(x, g, w, len(norm.axis)):
             found, undecided = _run(xs, gs, ws, norm.of_row, constants)
-            for row in np.flatnonzero(undecided):
+            for row in np.flatnonzero(undecided).tolist():
                 _update_exactly(backend, xs[row], gs[row], norm.of_row, constants, ws, row)
             total = (*merge_totals(total[:SUMS], found[:SUMS]), total[SUMS] + found[SUMS])
     hi, lo, doubt, _, special = total[: SUMS + 1]
@@ -241,7 +241,7 @@ def sum_of_rows(backend: Backend, x: Array, norm: RowNorm, w: Array | None) -> T
     for xs, _, ws in _matrices(x, None, w, len(norm.axis)):
         sizes = np.empty(len(xs))
         _, undecided = _run(xs, None, ws, of_row, _NOTHING, sizes)
-        for row in np.flatnonzero(undecided):
+        for row in np.flatnonzero(undecided).tolist():
             exact = backend.partial_sum(xs[row], of_row, None if ws is None else ws[row])
             sizes[row] = outcome_of_row(exact, of_row, 0.0).penalty
         total += backend.partial_sum(sizes, L1)  # type: ignore[assignment]
@@ -336,15 +336,14 @@ def _matrices(x: Array, g: Array | None, w: Array | None, row_axes: int) -> Iter
         return
     if x.ndim > row_axes + 1 and x[0].size > _COPIED:  # some of the rows of x[0], then of x[1]
         for k in range(len(x)):
-            yield from _matrices(
-                *(each if each is None else each[k] for each in (x, g, w)), row_axes
-            )
+            parts: Any = [None if each is None else each[k] for each in (x, g, w)]
+            yield from _matrices(parts[0], parts[1], parts[2], row_axes)
         return
     step = max(1, _COPIED // x[0].size)
     for start in range(0, len(x), step):
         cut = slice(start, start + step)
         copies = [None if each is None else each[cut].copy() for each in (x, g)]
-        copies.append(None if w is None else w[cut].astype(compute))
+        copies.append(None if w is None else np.array(w[cut], compute, order="C"))
         yield [None if each is None else _as_matrix(each, row_axes) for each in copies]
         if g is not None:
             g[cut] = copies[1]
