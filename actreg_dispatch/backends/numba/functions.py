@@ -34,6 +34,7 @@ from actreg_dispatch.backends.numba.exact import (
     tile_of,
 )
 from actreg_dispatch.backends.numba.rows import (
+    ONE,
     add_gradient,
     bad_and_large,
     gradient_of,
@@ -82,6 +83,8 @@ def block_function(
     """
     summing = summing_of(terms, dtype, weighted)
     sum_row, zero, _, first_term, second_term, element_of, largest_of = summing
+    *_, element_of_one, largest_of_one = summing_of(terms, dtype, ONE)
+    *_, element_of_one, largest_of_one = summing_of(terms, dtype, ONE)
     n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
     load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
     update = (set_gradient if overwrites else add_gradient) if norm else no_update
@@ -106,10 +109,18 @@ def block_function(
                 gs = strided_row(element, g, count, g_step)
             w = call_block(call.gather, (address, piece, new_block())) if weighted else 0
             ws = dense_row(real, w, count if weighted else 0, size)
-            total = sum_row(
-                *(xs, gs, ws, total, first_term, second_term, element_of, largest_of),
-                *(update, gradient, lam, c),
-            )
+            if not weighted or call.w_step != 0:
+                total = sum_row(
+                    *(xs, gs, ws, total, first_term, second_term, element_of, largest_of),
+                    *(update, gradient, lam, c),
+                )
+            elif ws[0] != 0:
+                total = sum_row(
+                    *(xs, gs, ws[0], total, first_term, second_term, element_of_one),
+                    *(largest_of_one, update, gradient, lam, c),
+                )
+            elif overwrites:
+                gs[:] = 0
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
         if call.count_elements != 0:
             call_block(call.count_elements, (address, number, there))
@@ -231,7 +242,7 @@ def counting_function(dtype: np.dtype[Any], weighted: bool) -> Any:
             if weighted:
                 xs = strided_row(element, x, count, call.x_step)
                 w = call_block(call.gather, (address, piece, new_block()))
-                ws = dense_row(real, w, count, size)
+                ws = strided_row(real, w, count, size if call.w_step != 0 else 0)
                 kept, nonzero, largest = weighted_counts_of(xs, ws)
             elif call.x_step == itemsize:
                 nonzero, largest = counts_of(dense_row(element, x, count, itemsize))
@@ -250,6 +261,7 @@ def gathering_function(weights: np.dtype[Any], compute: np.dtype[Any]) -> Any:
     """Compile what finds the weights of a piece as a dense row of T, which it gathers if it must.
 
     It is given the call, the number of the piece, and room for the row, and returns its address.
+    Where all elements of the row have one weight, that is all there is at the address.
     """
     real: Any = compute.type
     size, in_place, is_mask = compute.itemsize, weights == compute, weights.kind == "b"
@@ -260,6 +272,7 @@ def gathering_function(weights: np.dtype[Any], compute: np.dtype[Any]) -> Any:
         _x, _g, w, count = _piece(call, piece)
         if in_place and call.w_step == size:
             return w
+        count = count if call.w_step != 0 else 1
         spread = strided_row(element, w, count, call.w_step)
         gathered = dense_row(real, room, count, size)
         for j in range(count):
@@ -322,7 +335,7 @@ def weighted_exact_function(terms: tuple[int, ...], dtype: np.dtype[Any]) -> Any
             x, _g, _w, count = _piece(call, piece)
             xs = strided_row(element, x, count, call.x_step)
             w = call_block(call.gather, (address, piece, new_block()))
-            ws = dense_row(real, w, count, size)
+            ws = strided_row(real, w, count, size if call.w_step != 0 else 0)
             add_products(xs, ws, degree, tile, words)
             if two:
                 add_products(xs, ws, 2, tile, second_words)

@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
 from numba.extending import overload, register_jitable
 
 from actreg_dispatch.backends.numba.bits import (
@@ -45,6 +46,7 @@ from actreg_dispatch.sums.certified import (
 )
 
 __all__ = [
+    "ONE",
     "Summing",
     "absolute",
     "add_gradient",
@@ -79,6 +81,23 @@ def _without(x, w, j):  # type: ignore[no-untyped-def]
 def _with_weight(x, w, j):  # type: ignore[no-untyped-def]
     value, each = widen(x[j]), w[j]
     return value if each != 0 else type(value)(0.0), each
+
+
+@register_jitable
+def _with_one_weight(x, w, j):  # type: ignore[no-untyped-def]
+    """Do it for a row whose elements have one weight, a number, which is not 0."""
+    return widen(x[j]), w
+
+
+def _part_of(w, start, end):  # type: ignore[no-untyped-def]
+    """Return the weights from ``start`` to ``end``; one weight is that of any part."""
+
+
+@overload(_part_of)
+def _(w, start, end):  # type: ignore[no-untyped-def]
+    if isinstance(w, types.Array):
+        return lambda w, start, end: w[start:end]
+    return lambda w, start, end: w
 
 
 # Magnitudes: |x| or x², times the weight w, in binary64, less the second result, which is what
@@ -250,7 +269,7 @@ def _sum_anchored(  # type: ignore[no-untyped-def]
     for start in range(0, x.size, ANCHORED_TERMS):
         # Slices indexed from 0 need no check for negative indices, which would not vectorize.
         end = start + ANCHORED_TERMS
-        xs, gs, ws = x[start:end], g[start:end], w[start:end]
+        xs, gs, ws = x[start:end], g[start:end], _part_of(w, start, end)
         exponent = largest_of(xs, ws, first)
         part = _sum_tile(xs, gs, ws, exponent, first, element_of, update, gradient, lam, c)
         total = _merge(total, part)
@@ -263,7 +282,7 @@ def _sum_anchored_both(  # type: ignore[no-untyped-def]
 ):
     for start in range(0, x.size, ANCHORED_TERMS):  # the second look at a tile is in the cache
         end = start + ANCHORED_TERMS
-        xs, gs, ws = x[start:end], g[start:end], w[start:end]
+        xs, gs, ws = x[start:end], g[start:end], _part_of(w, start, end)
         exponent, other = largest_of(xs, ws, first), largest_of(xs, ws, second)
         one = _sum_tile(xs, gs, ws, exponent, first, element_of, no_update, gradient, lam, c)
         two = _sum_tile(xs, gs, ws, other, second, element_of, update, gradient, lam, c)
@@ -292,6 +311,13 @@ def _largest_of_x(xs, ws, magnitude):  # type: ignore[no-untyped-def]
     """Return the exponent of the largest magnitude of a tile; that of 1 if all are 0."""
     largest, _ = extremes(xs)
     return exponent_of(magnitude(largest, 1.0)[0]) if largest != 0.0 else 0
+
+
+@register_jitable
+def _largest_of_one_weight(xs, w, magnitude):  # type: ignore[no-untyped-def]
+    """Do :func:`_largest_of_x` with one weight; a product that underflows is not 0."""
+    largest, _ = extremes(xs)
+    return exponent_of(magnitude(largest, np.float64(w))[0]) if largest != 0.0 else 0
 
 
 @register_jitable
@@ -338,6 +364,9 @@ def bad_and_large(w):  # type: ignore[no-untyped-def]
     return bad, large
 
 
+ONE = "one"
+
+
 class Summing(NamedTuple):
     """How powers of |x| are summed: what a kernel closes over."""
 
@@ -350,12 +379,20 @@ class Summing(NamedTuple):
     largest_of: Any
 
 
-def summing_of(terms: tuple[int, ...], dtype: np.dtype[Any], weighted: bool = False) -> Summing:
-    """Return how ``terms`` are summed; no terms are a pass that only updates."""
+def summing_of(
+    terms: tuple[int, ...], dtype: np.dtype[Any], weighted: bool | str = False
+) -> Summing:
+    """Return how ``terms`` are summed; no terms are a pass that only updates.
+
+    Elements are ``weighted`` each on its own, or by ``ONE`` weight, a number in place of an array.
+    """
     magnitudes = (_weighted_absolute, _weighted_square) if weighted else (absolute, square)
     first, second = magnitudes if terms != (2,) else magnitudes[::-1]
-    element_of = _with_weight if weighted else _without
-    largest_of = _largest_of_terms if weighted else _largest_of_x
+    element_of, largest_of = {
+        False: (_without, _largest_of_x),
+        True: (_with_weight, _largest_of_terms),
+        ONE: (_with_one_weight, _largest_of_one_weight),
+    }[weighted]
     how = first, second, element_of, largest_of
     anchored = dtype == FLOAT64
     if len(terms) == 2:
