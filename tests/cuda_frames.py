@@ -15,7 +15,7 @@ pathfinder = pytest.importorskip("cuda.pathfinder", reason="this CuPy is older t
 from cupy.cuda import nvrtc  # noqa: E402
 
 from actreg_dispatch.backends.cuda.kernels import kernels_of  # noqa: E402
-from actreg_dispatch.backends.cuda.source import OPTIONS, PREAMBLE  # noqa: E402
+from actreg_dispatch.backends.cuda.source import OPTIONS, preamble  # noqa: E402
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt  # noqa: E402
 
 CUDA_HEADERS = pathfinder.find_nvidia_header_directory("cudart")
@@ -110,20 +110,22 @@ def compiled(source, architecture):
     return nvrtc.getPTX(program).decode()
 
 
-def source_of(kernels, weight="T"):
+def source_of(kernels, *, weighted=False):
     """Return a program with the kernels of each dtype, in namespaces of dtype and name.
 
-    Kernels for strided arrays are there, too, where there are any. Weights are of type ``weight``.
+    Kernels for strided arrays are there, too, where there are any. All of them have weights, of the
+    dtype, or none has.
     """
+    common = preamble(weighted=weighted)
     headers = ["complex.cuh", "carray.cuh", "atomics.cuh", "math_constants.h", "float16.cuh"]
     headers += ["bfloat16.cuh"] if "bfloat16" in kernels else []
-    source = "".join(f"#include <cupy/{header}>\n" for header in headers) + PREAMBLE
+    source = "".join(f"#include <cupy/{header}>\n" for header in headers) + common
     for dtype, named in kernels.items():
         source += f"namespace of_{dtype} {{\ntypedef {dtype} T;\ntypedef {COMPUTE[dtype]} C;\n"
-        source += f"typedef {weight} W;\n"
+        source += "typedef T W;\n"
         for name, kernel in named.items():
-            assert kernel.preamble.startswith(PREAMBLE)
-            own = kernel.preamble.removeprefix(PREAMBLE)
+            assert kernel.preamble.startswith(common)
+            own = kernel.preamble.removeprefix(common)
             functions = "".join(framed(kernel, strided) for strided in layouts_of(name))
             source += f"namespace {name} {{ {own} {functions} }}\n"
         source += "}\n"

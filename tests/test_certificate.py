@@ -37,17 +37,17 @@ class Device:
 
     def __init__(self, cupy, monkeypatch):
         from actreg_dispatch.backends import cuda
-        from actreg_dispatch.sums.exact import COUNTERS
+        from actreg_dispatch.backends.cuda.source import counters_of
 
-        self.cupy, self.counters, self.kept = cupy, COUNTERS, {}
+        self.cupy, self.counters, self.kept = cupy, counters_of(weighted=False), {}
         self.is_summing_anything, self.all_words = True, []
         monkeypatch.setattr(cuda, "CERTIFIED_FROM", 0)
         for name in ("_words", "_partials"):
             monkeypatch.setattr(cuda, name, self.keeping(name, getattr(cuda, name)))
 
     def keeping(self, name, make):
-        def made(*arguments):
-            self.kept[name] = make(*arguments)
+        def made(*arguments, **options):
+            self.kept[name] = make(*arguments, **options)
             self.all_words += [self.kept[name]] * (name == "_words")
             return self.kept[name]
 

@@ -152,7 +152,7 @@ def test_indices_have_64_bits(cupy, norm, kind):
     Three rows of 2**31 elements overlap, all but the first of each, which alone are visited.
     """
     from actreg_dispatch.backends.cuda.kernels import kernels_of
-    from actreg_dispatch.sums.exact import COUNTERS
+    from actreg_dispatch.backends.cuda.source import counters_of
 
     kernel = getattr(kernels_of(norm), kind)
     if kernel is None:
@@ -166,7 +166,7 @@ def test_indices_have_64_bits(cupy, norm, kind):
     )
     lam, two = (0.5,) * norm.n_lams, cupy.asarray(2.0, np.float32)
     known = [two] * norm.n_coefficients + [cupy.ones((), bool)] * norm.two_pass
-    sums = cupy.zeros(len(norm.terms) * COUNTERS, np.int64)
+    sums = cupy.zeros(len(norm.terms) * counters_of(weighted=False), np.int64)
     if "certified" in kind:
         sums = cupy.zeros(len(norm.terms) * 2)
     extra = [*lam, *known, g] if kind == "update" else [sums]
@@ -193,18 +193,18 @@ def test_indices_have_64_bits(cupy, norm, kind):
 def test_indices_of_a_layer_have_64_bits(cupy, norm, kind):
     """A layer of 2**32 elements, of which one block visits its own alone."""
     from actreg_dispatch.backends.cuda.kernels import kernels_of
-    from actreg_dispatch.backends.cuda.source import columns_of
-    from actreg_dispatch.sums.exact import COUNTERS
+    from actreg_dispatch.backends.cuda.source import columns_of, counters_of
 
     kernel, one = (getattr(kernels_of(norm, batch=batch), kind) for batch in (True, False))
     if kernel is None:
         return
     threads = 256
-    x, g = cupy.ones(threads, np.float32), cupy.zeros(threads, np.float32)
+    x, g = cupy.full(threads, 3, np.float32), cupy.zeros(threads, np.float32)
     table = np.zeros((1, len(columns_of(norm))), np.int64)
     table[0, :5] = x.data.ptr, g.data.ptr, 2**32, 0, 2**24
     table.view(np.float64)[:, 5:] = 0.5
-    room = (2, np.float64) if "certified" in kind else (COUNTERS, np.int64)
+    counters = counters_of(weighted=False)
+    room = (2, np.float64) if "certified" in kind else (counters, np.int64)
     sums, alone = (cupy.zeros(len(norm.terms) * room[0], room[1]) for _ in range(2))
     two = cupy.full(1, 2, np.float32)
     known = [two] * norm.n_coefficients + [cupy.ones(1, bool)] * norm.two_pass
@@ -425,7 +425,7 @@ def operands(rng, operation, size=3000):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_numbers_of_any_exponent_are_those_of_the_host(cupy, operation):
-    from actreg_dispatch.backends.cuda.source import OPTIONS, PREAMBLE
+    from actreg_dispatch.backends.cuda.source import OPTIONS, preamble
 
     evaluate = cupy.ElementwiseKernel(
         "float64 x, int64 power, float64 y, int64 other",
@@ -440,7 +440,7 @@ def test_numbers_of_any_exponent_are_those_of_the_host(cupy, operation):
         number = double(result);
         """,
         "actreg_test",
-        preamble=PREAMBLE,
+        preamble=preamble(),
         options=OPTIONS,
     )
     given = operands(np.random.default_rng(0), operation)

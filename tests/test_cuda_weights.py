@@ -163,8 +163,8 @@ class Device:
         self.monkeypatch, self.words = monkeypatch, None
         usual = cuda._words
 
-        def kept(*arguments):
-            self.words = usual(*arguments)
+        def kept(*arguments, **options):
+            self.words = usual(*arguments, **options)
             return self.words
 
         monkeypatch.setattr(cuda, "_words", kept)
@@ -181,9 +181,9 @@ class Device:
 
     @property
     def counters(self):
-        from actreg_dispatch.sums.exact import COUNTERS
+        from actreg_dispatch.backends.cuda.source import counters_of
 
-        return COUNTERS
+        return counters_of(weighted=True)
 
     def on_device(self, w, shape):
         """Return weights as a view of ``shape``."""
@@ -558,7 +558,7 @@ def test_a_subnormal_product_of_lambda_and_weight_stays(device):
 def test_indices_have_64_bits(cupy, norm):
     """Rows 2**31 elements apart, of views that are larger than any memory; few are visited."""
     from actreg_dispatch.backends.cuda.kernels import kernels_of
-    from actreg_dispatch.sums.exact import COUNTERS
+    from actreg_dispatch.backends.cuda.source import counters_of
 
     threads, far = 256, 2**31
     rng = np.random.default_rng(0)
@@ -567,7 +567,7 @@ def test_indices_have_64_bits(cupy, norm):
     stretched = cupy.lib.stride_tricks.as_strided
     x, g, w = (stretched(each, (3, far), each.strides) for each in (rows, room, narrow))
     kernels = kernels_of(norm, weighted=True)
-    words = cupy.zeros(len(norm.terms) * COUNTERS, np.int64)
+    words = cupy.zeros(len(norm.terms) * counters_of(weighted=True), np.int64)
     grid = {"size": threads, "block_size": threads}
     kernels.sum(x, 3 * far, far, w, words, **grid)
     found = words.get()
@@ -616,7 +616,7 @@ def test_calls_without_weights_have_kernels_of_their_own():
 @pytest.mark.parametrize("dtype", COMPUTE)
 def test_every_weighted_kernel_compiles(request, dtype, architecture):
     require_headers(request)
-    ptx = compiled(source_of({dtype: weighted_kernels()}), architecture)
+    ptx = compiled(source_of({dtype: weighted_kernels()}, weighted=True), architecture)
     ours = re.compile("// begin inline asm.*?// end inline asm", re.DOTALL)
     assert "fma.rn.f32" not in ours.sub("", ptx)
     assert ".ftz" not in ptx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,6 +17,15 @@ from actreg_dispatch.backends import numba
 from actreg_dispatch.backends.numba.exact import EXACT_TERMS
 from actreg_dispatch.norms import named_norm
 from actreg_dispatch.oracle import exact_sum
+from actreg_dispatch.sums.exact import (
+    COUNTERS,
+    UNIT,
+    UNWEIGHTED_UNIT,
+    UNWEIGHTED_WORDS,
+    WORD_BITS,
+    WORDS,
+    sum_of_words,
+)
 
 BOTH = named_norm("l1_l2_squared")
 SUMS = [ActivityNorm.L1, ActivityNorm.L2_SQUARED]
@@ -174,3 +184,16 @@ def test_pickles_are_small_and_equal(dtype, protocol):
     for value in (0.0, np.inf):
         total = get_backend("numba").partial_sum(np.full(3, value, dtype), BOTH)
         assert pickle.loads(pickle.dumps(total, protocol)) == total
+
+
+@pytest.mark.parametrize(("unit", "count"), [(UNIT, WORDS), (UNWEIGHTED_UNIT, UNWEIGHTED_WORDS)])
+def test_words_say_by_their_number_what_they_weigh(unit, count):
+    amounts = np.zeros(count + COUNTERS - WORDS, np.int64)
+    amounts[[0, 7, count - 1]] = 5, -3, 2
+    expected = 5 - 3 * 2 ** (7 * WORD_BITS) + 2 ** ((count - 1) * WORD_BITS + 1)
+    found = sum_of_words(amounts, 2, np.dtype(np.float64))
+    assert Fraction(found.units) * Fraction(2) ** UNIT == expected * Fraction(2) ** unit
+    amounts[count] = 1
+    assert sum_of_words(amounts, 2, np.dtype(np.float64)).special == np.inf
+    amounts[count + 1] = 1
+    assert np.isnan(sum_of_words(amounts, 2, np.dtype(np.float64)).special)

@@ -21,6 +21,8 @@ __all__ = [
     "INFINITIES",
     "NANS",
     "UNIT",
+    "UNWEIGHTED_UNIT",
+    "UNWEIGHTED_WORDS",
     "WORDS",
     "WORD_BITS",
     "PairedSum",
@@ -35,6 +37,12 @@ UNIT, WORDS, WORD_BITS = -3222, 249, 26
 """Of a superaccumulator: word k weighs 2^(26 k) units of 2^-3222, w·x² of the smallest numbers.
 
 That takes 3 * 2046 + 159 bits for the largest, and room for carries.
+"""
+UNWEIGHTED_UNIT, UNWEIGHTED_WORDS = UNIT + 41 * WORD_BITS, 168
+"""Of one on a device where nothing has a weight, in units of 2^-2156.
+
+All of its words are zeroed and read at each call. x² of the smallest numbers is 2^-2148, and that
+of the largest takes 2 * 2046 + 106 bits.
 """
 INFINITIES, NANS, COUNTERS = WORDS, WORDS + 1, WORDS + 3
 """Where infinities and NaN are counted, and how many words there are with all counters.
@@ -219,11 +227,13 @@ _SMALLEST, _BEYOND = Fraction(2) ** -1022, 1 << 1024  # between them lie binary6
 
 
 def sum_of_words(words: np.ndarray[Any, Any], degree: int, dtype: np.dtype[Any]) -> PartialSum:
-    """Return what a superaccumulator holds; ``dtype`` is T."""
-    infinities, nans = words[INFINITIES : NANS + 1].tolist()
+    """Return what a superaccumulator of either length holds; ``dtype`` is T."""
+    count = len(words) - (COUNTERS - WORDS)
+    infinities, nans, _ = words[count:].tolist()
     special = math.nan if nans else math.inf if infinities else 0.0
-    used = words[:WORDS].tobytes()
+    used = words[:count].tobytes()
     first = (len(used) - len(used.lstrip(b"\0"))) // 8
     last = -(-len(used.rstrip(b"\0")) // 8)
     units = sum(word << WORD_BITS * k for k, word in enumerate(words[first:last].tolist(), first))
-    return PartialSum(degree, dtype, units, special)
+    unit = UNIT if count == WORDS else UNWEIGHTED_UNIT
+    return PartialSum(degree, dtype, units << (unit - UNIT), special)

@@ -22,13 +22,13 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.cuda.kernels import Kernels, blocks_for, kernels_of
-from actreg_dispatch.backends.cuda.source import THREADS, columns_of
+from actreg_dispatch.backends.cuda.source import THREADS, columns_of, counters_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT16, FLOAT32, FLOAT64, NATIVE_DTYPES
 from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.statistics import ActivationStatistics
-from actreg_dispatch.sums.exact import COUNTERS, Total, sum_of_words, total_of
+from actreg_dispatch.sums.exact import Total, sum_of_words, total_of
 
 __all__ = ["BACKEND", "CudaBackend"]
 
@@ -59,9 +59,9 @@ class CudaBackend(Backend):
         dtype = COMPUTE_DTYPES[activations.dtype]
         kernels = kernels_of(norm, weighted=weights is not None)
         with activations.device:
-            words = _words(norm)
+            words = _words(norm, weighted=weights is not None)
             launch(kernels, "sum", words, arrays=(activations,), weights=weights)
-            rows = words.get().reshape(-1, COUNTERS)
+            rows = words.get().reshape(len(norm.terms), -1)
         return total_of(
             [sum_of_words(row, degree, dtype) for row, degree in zip(rows, norm.terms, strict=True)]
         )
@@ -112,7 +112,8 @@ class CudaBackend(Backend):
         if gradients is not None and not norm.two_pass:
             what, lam, arrays = "apply", constants.gradient_lam, [x, gradients]
         with x.device:
-            words, results = _words(norm), _results(norm, x.dtype)  # before any update
+            words = _words(norm, weighted=weights is not None)
+            results = _results(norm, x.dtype)  # before any update
             if x.size < CERTIFIED_FROM:
                 launch(kernels, what, *lam, words, arrays=arrays, weights=weights)
             else:
@@ -254,9 +255,9 @@ def _flat(constants: Constants) -> tuple[float, ...]:
     return *constants.lam, *constants.gradient_lam, constants.epsilon
 
 
-def _words(norm: Norm, layers: int = 1) -> cupy.ndarray:
+def _words(norm: Norm, layers: int = 1, *, weighted: bool = False) -> cupy.ndarray:
     """Return empty superaccumulators, as many as there are sums."""
-    return cupy.zeros(layers * len(norm.terms) * COUNTERS, np.int64)
+    return cupy.zeros(layers * len(norm.terms) * counters_of(weighted=weighted), np.int64)
 
 
 def _results(norm: Norm, dtype: np.dtype[Any], layers: int | None = None) -> list[cupy.ndarray]:

@@ -1,8 +1,8 @@
 // Sums without a rounding error: expansions in registers, superaccumulators in global memory.
 
-// A superaccumulator (Kulisch): an integer of some 6,400 bits in units of 2^UNIT. Word k weighs
-// 2^(WORD_BITS k) units. It has 63 bits and a sign, so 2^37 amounts fit into it before anything is
-// carried. Integers add up to the same in any order.
+// A superaccumulator (Kulisch): an integer of some 4,300 bits, with weights 6,400, in units of 2^UNIT.
+// Word k weighs 2^(WORD_BITS k) units. It has 63 bits and a sign, so 2^37 amounts fit into it before
+// anything is carried. Integers add up to the same in any order.
 
 constexpr int INFINITIES = WORDS, NANS = WORDS + 1, CERTAIN = WORDS + 2, COUNTERS = WORDS + 3;
 

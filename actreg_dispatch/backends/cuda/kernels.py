@@ -70,7 +70,7 @@ def kernels_of(norm: Norm, *, batch: bool = False, weighted: bool = False) -> Ke
         update=update(),
         update_vectors=update("vectors"),
         certify=certifying_kernel(norm, batch, weighted),
-        finish=kernels_of(norm).finish if weighted else finish_kernel(norm, batch),
+        finish=finish_kernel(norm, batch, weighted),
     )
 
 

@@ -224,7 +224,7 @@ def pass_kernel(
         ", ".join(outputs),
         "\n".join(text),
         kernel_name("_".join(filter(None, (whose, what, kind, of)))),
-        preamble=preamble(batch),
+        preamble=preamble(batch, weighted=weighted),
         options=OPTIONS,
         no_return=True,
     )

@@ -102,7 +102,7 @@ def _results_of(norm: Norm) -> _Results:
 
 def certifying_kernel(norm: Norm, batch: bool, weighted: bool) -> cupy.ElementwiseKernel:
     """Return the kernel that writes the results, and that they are certain, if they are."""
-    whose = "batch_" if batch else "weighted_" if weighted else ""
+    whose, together = _owner_of(norm, batch, weighted)
     results, terms = _results_of(norm), norm.terms
     sums, lams = len(terms), results.lams
     where = "constexpr ptrdiff_t first = 0;"
@@ -146,10 +146,15 @@ def certifying_kernel(norm: Norm, batch: bool, weighted: bool) -> cupy.Elementwi
         ", ".join(["raw int64 words", *(f"raw {each}" for each in results.parameters)]),
         text,
         kernel_name(f"{whose}certify_{norm.name}"),
-        preamble=preamble(norm if batch else None) + results.functions,
+        preamble=preamble(together, weighted=weighted) + results.functions,
         options=OPTIONS,
         no_return=True,
     )
+
+
+def _owner_of(norm: Norm, batch: bool, weighted: bool) -> tuple[str, Norm | None]:
+    """Return how the name of a kernel begins, and the norm that layers have in common, if any."""
+    return ("batch_", norm) if batch else ("weighted_" if weighted else "", None)
 
 
 def _written(results: _Results, there: str) -> str:
@@ -158,8 +163,9 @@ def _written(results: _Results, there: str) -> str:
     return " ".join(f"{there.format(name=name)} = found.{name};" for name in names)
 
 
-def finish_kernel(norm: Norm, batch: bool) -> cupy.ReductionKernel:
+def finish_kernel(norm: Norm, batch: bool, weighted: bool) -> cupy.ReductionKernel:
     """Return the kernel that writes the results of exact sums, unless they are certain already."""
+    whose, together = _owner_of(norm, batch, weighted)
     results, sums = _results_of(norm), len(norm.terms)
     lams, parameters = results.lams, results.parameters
     write = _written(results, "{name}")
@@ -191,8 +197,8 @@ def finish_kernel(norm: Norm, batch: bool) -> cupy.ReductionKernel:
         "joined(a, b)",
         f"finish(a, {', '.join(arguments)})",
         "range_of(0, 0)",
-        kernel_name(f"{'batch_' * batch}finish_{norm.name}"),
+        kernel_name(f"{whose}finish_{norm.name}"),
         reduce_type="nonzero_range",
-        preamble=preamble(norm if batch else None) + results.functions + function,
+        preamble=preamble(together, weighted=weighted) + results.functions + function,
         options=OPTIONS,
     )

@@ -6,13 +6,20 @@ import re
 from pathlib import Path
 
 from actreg_dispatch.norms import Norm
-from actreg_dispatch.sums.exact import UNIT, WORD_BITS, WORDS
+from actreg_dispatch.sums.exact import (
+    COUNTERS,
+    UNIT,
+    UNWEIGHTED_UNIT,
+    UNWEIGHTED_WORDS,
+    WORD_BITS,
+    WORDS,
+)
 
 __all__ = [
     "OPTIONS",
-    "PREAMBLE",
     "THREADS",
     "columns_of",
+    "counters_of",
     "kernel_name",
     "preamble",
     "repeated",
@@ -23,15 +30,15 @@ THREADS = 256  # of a block
 _CONSTANTS = {
     "THREADS": THREADS,
     "PARTS": 6,  # numbers of an expansion: holds numbers 80 decades apart, or squares of 30
-    "UNIT": UNIT,
-    "WORDS": WORDS,
     "WORD_BITS": WORD_BITS,
 }
-PREAMBLE = "".join(f"constexpr int {key} = {value};\n" for key, value in _CONSTANTS.items()) + (
-    "".join(
-        Path(__file__).with_name(f"{part}.cuh").read_text(encoding="utf-8")
-        for part in ("arithmetic", "exact_sum", "certified_sum")
-    )
+_WORDS = {  # of a superaccumulator, by whether there are weights
+    False: {"UNIT": UNWEIGHTED_UNIT, "WORDS": UNWEIGHTED_WORDS},
+    True: {"UNIT": UNIT, "WORDS": WORDS},
+}
+_FUNCTIONS = "".join(
+    Path(__file__).with_name(f"{part}.cuh").read_text(encoding="utf-8")
+    for part in ("arithmetic", "exact_sum", "certified_sum")
 )
 OPTIONS = ("--fmad=false",)
 
@@ -47,10 +54,17 @@ def kernel_name(name: str) -> str:
     return "actreg_" + re.sub(r"\W", "_", name, flags=re.ASCII)  # as CuPy takes it
 
 
-def preamble(batch: Norm | None) -> str:
+def counters_of(*, weighted: bool) -> int:
+    """Return how many words there are for each sum, all counters included."""
+    return _WORDS[weighted]["WORDS"] + COUNTERS - WORDS
+
+
+def preamble(batch: Norm | None = None, *, weighted: bool = False) -> str:
     """Return what comes before a kernel, and the columns of the table if it is for a batch."""
+    constants = _CONSTANTS | _WORDS[weighted]
+    text = "".join(f"constexpr int {key} = {value};\n" for key, value in constants.items())
     columns = f"enum columns {{ {', '.join(columns_of(batch))}, COLUMNS }};\n" if batch else ""
-    return PREAMBLE + columns
+    return text + _FUNCTIONS + columns
 
 
 def repeated(template: str, count: int, separator: str = " ") -> str:
