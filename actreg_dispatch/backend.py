@@ -36,7 +36,9 @@ class Backend(ABC):
     :func:`~actreg_dispatch.weights.check_weight_values`, before it writes anything; on a device
     they make the penalty NaN. ``statistics``, if there are any, are an
     :class:`~actreg_dispatch.ActivationStatistics`, which a backend tells by
-    :meth:`~actreg_dispatch.ActivationStatistics.add` what it counted, once nothing can fail.
+    :meth:`~actreg_dispatch.ActivationStatistics.add` what it counted, once nothing can fail; one on
+    a device, which should not wait, keeps a
+    :meth:`~actreg_dispatch.ActivationStatistics.counter` there.
     """
 
     name: str

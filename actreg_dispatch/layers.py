@@ -195,7 +195,6 @@ def _checked_batch(
         g = check_gradients(x, gradients, array_type, written, name)
         w = checked_weights(options, x, weighing, array_type, g, w_name, name)
         check_weight_values(w, w_name)
-        check_statistics(statistics, x)
         constants = checked_constants(options, x, scale, name, w)
         array_types.add(array_type)
         layers.append((backend_for(options, array_type, x, g, w), x, g, constants, w))
@@ -207,6 +206,7 @@ def _checked_batch(
             f"activations are of several libraries ({', '.join(sorted(array_types))}); "
             f"call apply_all for each"
         )
+    check_statistics(statistics, *(x for _, x, *_ in layers))
     check_apart(arrays)
     if not layers:
         return np.float64(0.0), []

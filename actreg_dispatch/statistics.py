@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from actreg_dispatch.runtime.threads import lock_over_fork
 
-__all__ = ["ActivationStatistics", "check_statistics", "refuse_statistics"]
+__all__ = ["ActivationStatistics", "Counter", "Counts", "check_statistics", "refuse_statistics"]
+
+Counts = tuple[Any, Any, Any, Any]
+"""Elements, those that are not 0, the largest, and how often each unit was active, or None."""
+
+
+class Counter(Protocol):
+    """What counts on a device."""
+
+    units: int | None
+    """How many units it counts; None if it counts none."""
+
+    def read(self) -> Counts:
+        """Wait for the device and return what was counted there."""
+
+
+AnyCounter = TypeVar("AnyCounter", bound=Counter)
 
 
 class ActivationStatistics:
@@ -29,8 +46,8 @@ class ActivationStatistics:
 
     Notes
     -----
-    Several threads may use one object. A call that raises counts nothing. The CUDA backend cannot
-    count, and says so.
+    Several threads may use one object. A call that raises counts nothing. What is counted on a
+    device stays there, and no call waits for it: who asks for a count does.
 
     Examples
     --------
@@ -51,7 +68,9 @@ class ActivationStatistics:
 
     def clear(self) -> None:
         """Begin anew."""
-        self._counts: tuple[Any, ...] = 0, 0, 0.0, None  # replaced as a whole
+        with _CHANGING:
+            self._counts: Counts = 0, 0, 0.0, None  # replaced as a whole
+            self._counters: dict[Hashable, Counter] = {}
 
     @property
     def per_feature(self) -> bool:
@@ -61,23 +80,24 @@ class ActivationStatistics:
     @property
     def elements(self) -> int:
         """How many elements there were."""
-        return int(self._counts[0])
+        return int(self._all()[0])
 
     @property
     def nonzero(self) -> int:
         """How many of them were not 0; NaN is not."""
-        return int(self._counts[1])
+        return int(self._all()[1])
 
     @property
     def largest(self) -> float:
         r"""The largest \|x\|; 0.0 of no elements, and NaN if there was one."""
-        return float(self._counts[2])
+        return float(self._all()[2])
 
     @property
     def share_of_zeros(self) -> float:
         """The share of elements that were 0; NaN of no elements."""
-        elements, nonzero = self.elements, self.nonzero
-        return (elements - nonzero) / elements if elements else math.nan
+        elements, nonzero, *_ = self._all()
+        share: float = (elements - nonzero) / elements if elements else math.nan
+        return share
 
     @property
     def active(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
@@ -85,23 +105,26 @@ class ActivationStatistics:
 
         Units at 0 are dead so far.
         """
-        active = self._counts[3]
-        if active is None:
-            return None
-        return np.array(active, np.int64)
+        active = self._all()[3]
+        return None if active is None else np.array(active, np.int64)
 
     def add(self, elements: Any, nonzero: Any, largest: Any, active: Any = None) -> None:
         """Add what a backend counted."""
-        with _ADDING:
-            all_elements, all_nonzero, all_largest, all_active = self._counts
-            self._counts = (
-                all_elements + elements,
-                all_nonzero + nonzero,
-                largest if largest != largest or largest > all_largest else all_largest,
-                active if all_active is None else all_active + active,
-            )
+        with _CHANGING:
+            self._counts = _sum_of(self._counts, (elements, nonzero, largest, active))
 
-    def check(self, activations: Any) -> None:
+    def counter(self, place: Hashable, make: Callable[[], AnyCounter]) -> AnyCounter:
+        """Return what counts at a place on a device; ``make`` makes it where there is none yet.
+
+        What it counts belongs to the counts here.
+        """
+        with _CHANGING:
+            if place not in self._counters:
+                self._counters[place] = make()
+            counter: AnyCounter = self._counters[place]  # type: ignore[assignment]
+            return counter
+
+    def check(self, *activations: Any) -> None:
         """Refuse activations whose units are others than those before.
 
         Raises
@@ -111,27 +134,55 @@ class ActivationStatistics:
         """
         if not self._per_feature:
             return
-        shape, active = activations.shape, self._counts[3]
-        if not shape:
-            raise ValueError(
-                "statistics count units along the last axis, but activations have no axes; "
-                "pass ActivationStatistics() without per_feature"
-            )
-        if active is not None and len(active) != shape[-1]:
-            raise ValueError(
-                f"statistics count {len(active)} units, but the last axis of activations has "
-                f"{shape[-1]}; pass statistics of their own"
-            )
+        units = self._units()
+        for each in activations:
+            if not each.shape:
+                raise ValueError(
+                    "statistics count units along the last axis, but activations have no axes; "
+                    "pass ActivationStatistics() without per_feature"
+                )
+            units = each.shape[-1] if units is None else units
+            if units != each.shape[-1]:
+                raise ValueError(
+                    f"statistics count {units} units, but the last axis of activations has "
+                    f"{each.shape[-1]}; pass statistics of their own"
+                )
+
+    def _units(self) -> int | None:
+        """Return how many units there are, if that is known, without waiting."""
+        with _CHANGING:
+            active, counters = self._counts[3], list(self._counters.values())
+        return next((each.units for each in counters), None) if active is None else len(active)
+
+    def _all(self) -> Counts:
+        """Return all counts; waits for the devices that have some."""
+        with _CHANGING:
+            counts, counters = self._counts, list(self._counters.values())
+        for counter in counters:
+            counts = _sum_of(counts, counter.read())
+        return counts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled, which counts on the host."""
+        return {"_per_feature": self._per_feature, "_counts": self._all(), "_counters": {}}
 
     def __repr__(self) -> str:
+        elements, nonzero, largest, _ = self._all()
         return (
-            f"<{type(self).__name__}: {self.nonzero} of {self.elements} elements are not 0, "
-            f"the largest is {self.largest!r}>"
+            f"<{type(self).__name__}: {nonzero} of {elements} elements are not 0, "
+            f"the largest is {float(largest)!r}>"
         )
 
 
-_ADDING = threading.RLock()
-lock_over_fork(_ADDING)
+_CHANGING = threading.RLock()
+lock_over_fork(_CHANGING)
+
+
+def _sum_of(a: Counts, b: Counts) -> Counts:
+    """Return both counts together."""
+    largest = b[2] if b[2] != b[2] or b[2] > a[2] else a[2]
+    active = a[3] if b[3] is None else b[3] if a[3] is None else a[3] + b[3]
+    return a[0] + b[0], a[1] + b[1], largest, active
 
 
 def refuse_statistics(statistics: Any, arrays: str) -> None:
@@ -149,7 +200,7 @@ def refuse_statistics(statistics: Any, arrays: str) -> None:
         )
 
 
-def check_statistics(statistics: Any, activations: Any) -> None:
+def check_statistics(statistics: Any, *activations: Any) -> None:
     """Refuse what is not an :class:`ActivationStatistics`, or not for such activations.
 
     Raises
@@ -164,4 +215,4 @@ def check_statistics(statistics: Any, activations: Any) -> None:
             f"statistics={statistics!r} are of type {type(statistics).__name__}; "
             f"pass an ActivationStatistics()"
         )
-    statistics.check(activations)
+    statistics.check(*activations)

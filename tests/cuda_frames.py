@@ -14,6 +14,7 @@ pathfinder = pytest.importorskip("cuda.pathfinder", reason="this CuPy is older t
 
 from cupy.cuda import nvrtc  # noqa: E402
 
+from actreg_dispatch.backends.cuda.counting import counting_kernels  # noqa: E402
 from actreg_dispatch.backends.cuda.kernels import kernels_of  # noqa: E402
 from actreg_dispatch.backends.cuda.source import OPTIONS, preamble  # noqa: E402
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt  # noqa: E402
@@ -42,6 +43,7 @@ KERNELS = {
     for kernel in kernels_of(norm, batch=batch)
     if kernel is not None
 }
+KERNELS |= {kernel.name: kernel for kernel in counting_kernels(weighted=False)}
 COMPUTE = {"float16": "float", "bfloat16": "float", "float": "float", "double": "double"}
 
 

@@ -16,6 +16,7 @@ def test_every_kind_of_kernel_is_found():
     ends = {f"{kind}_foreign" for kind in ("update", "update_vectors", "certify", "finish")}
     for kind in sums | applies | ends:
         assert {f"actreg_{kind}", f"actreg_batch_{kind}"} <= KERNELS.keys()
+    assert {"actreg_count", "actreg_count_vectors", "actreg_count_units"} <= KERNELS.keys()
 
 
 @pytest.mark.parametrize("architecture", [75, 80, 90, 120])

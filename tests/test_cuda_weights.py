@@ -589,9 +589,10 @@ def test_indices_have_64_bits(cupy, norm):
 
 
 def weighted_kernels():
+    from actreg_dispatch.backends.cuda.counting import counting_kernels
     from actreg_dispatch.backends.cuda.kernels import kernels_of
 
-    found = {}
+    found = {each.name: each for each in counting_kernels(weighted=True) if each is not None}
     for norm in TESTED.values():
         plain = kernels_of(norm)
         for kernel in kernels_of(norm, weighted=True):
@@ -607,7 +608,7 @@ def test_calls_without_weights_have_kernels_of_their_own():
     assert not any("weighted" in name for name in names)
     of_weights = weighted_kernels()
     assert all(name.startswith("actreg_weighted_") for name in of_weights)
-    assert {"sum_1", "sum_certified_1_2", "apply_l1", "update_l2", "certify_l2"} <= {
+    assert {"sum_1", "sum_certified_1_2", "apply_l1", "update_l2", "certify_l2", "count"} <= {
         name.removeprefix("actreg_weighted_") for name in of_weights
     }
 

@@ -163,14 +163,18 @@ def test_statistics_that_do_not_fit_are_refused(name):
     assert statistics.elements == 4
 
 
-def test_the_device_says_that_it_cannot_count(cupy):
-    reg, statistics = ActivityRegularization(0.1), ActivationStatistics()
-    x, g = cupy.ones(3), cupy.zeros(3)
-    with pytest.raises(NotImplementedError, match="counted on the host only; choose backend="):
-        reg.apply(x, g, statistics=statistics)
-    assert not g.any()
-    ActivityRegularization(0.1, backend="numba").apply(x, g, statistics=statistics)
-    assert (statistics.elements, statistics.nonzero, statistics.largest) == (3, 3, 1.0)
+def test_layers_must_have_the_units_of_each_other(name):
+    reg, statistics = ActivityRegularization(0.1, backend=name), ActivationStatistics()
+    xs, gs = ([make((2, n)) for n in (3, 1, 3)] for make in (np.ones, np.zeros))
+    assert reg.apply_all(xs, gs, statistics=statistics).total
+    assert statistics.elements == 14
+    statistics = ActivationStatistics(per_feature=True)
+    for g in gs:
+        g[...] = 0
+    with pytest.raises(ValueError, match=r"count 3 units, but .* activations has 1; pass"):
+        reg.apply_all(xs, gs, statistics=statistics)
+    assert not any(g.any() for g in gs)
+    assert statistics.active is None
 
 
 def test_lazy_and_traced_arrays_cannot_be_counted():

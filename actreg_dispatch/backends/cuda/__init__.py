@@ -10,10 +10,13 @@ a model take as many launches together as one array.
 
 With weights a call takes as many launches, of kernels of their own. Only the device can tell a
 weight that is negative, infinite or NaN: it makes the sums NaN.
+
+Statistics take one launch more, and stay on the device until somebody reads them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +24,17 @@ import cupy
 import numpy as np
 
 from actreg_dispatch.backend import Backend
-from actreg_dispatch.backends.cuda.kernels import Kernels, blocks_for, kernels_of
-from actreg_dispatch.backends.cuda.source import THREADS, columns_of, counters_of
+from actreg_dispatch.backends.cuda.counting import Counter
+from actreg_dispatch.backends.cuda.kernels import (
+    blocks_for,
+    differ_by_vectors,
+    grid,
+    kernels_of,
+    launch,
+    variant,
+)
+from actreg_dispatch.backends.cuda.source import columns_of, counters_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT16, FLOAT32, FLOAT64, NATIVE_DTYPES
-from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.statistics import ActivationStatistics
@@ -75,8 +85,10 @@ class CudaBackend(Backend):
         statistics: ActivationStatistics | None = None,
     ) -> cupy.ndarray:
         """Return the penalty, a 0-d array on the device of ``activations``."""
-        _refuse(statistics)
-        return self._summed(activations, None, norm, constants, weights)[0]
+        counter = _counter_of(statistics, activations)
+        results = self._summed(activations, None, norm, constants, weights)
+        _count(counter, activations, weights)
+        return results[0]
 
     def apply(
         self,
@@ -88,13 +100,14 @@ class CudaBackend(Backend):
         statistics: ActivationStatistics | None = None,
     ) -> cupy.ndarray:
         """Add the gradient to ``gradients`` in place and return the penalty, a 0-d array."""
-        _refuse(statistics)
+        counter = _counter_of(statistics, activations)
         results = self._summed(activations, gradients, norm, constants, weights)
         if norm.two_pass:
             kernels, both = kernels_of(norm, weighted=weights is not None), (activations, gradients)
             with activations.device:
                 known = *constants.gradient_lam, *results[1:]
                 launch(kernels, "update", *known, arrays=both, weights=weights)
+        _count(counter, activations, weights)
         return results[0]
 
     def _summed(
@@ -121,7 +134,7 @@ class CudaBackend(Backend):
                 partials = _partials(norm, blocks)
                 fast = f"{what}_certified"
                 launch(kernels, fast, *lam, partials, arrays=arrays, weights=weights)
-                kernels.certify(partials, blocks, x.size, *numbers, words, *results, **_grid(1))
+                kernels.certify(partials, blocks, x.size, *numbers, words, *results, **grid(1))
                 launch(kernels, "sum", words, arrays=(x,), weights=weights)
             kernels.finish(words, words, *numbers, *results)
             return results
@@ -168,9 +181,9 @@ class CudaBackend(Backend):
         table[:, 2] = [x.size for x in activations]
         table[:, 3], table[:, 4] = np.cumsum(blocks) - blocks, blocks
         table.view(np.float64)[:, 5:] = [_flat(each)[:-1] for each in constants]
-        size, grid = sum(x.size for x in activations), _grid(int(blocks.sum()))
+        size, all_blocks = sum(x.size for x in activations), grid(int(blocks.sum()))
         vectors = all(
-            _differ_by_vectors(*both)
+            differ_by_vectors(*both)
             for both in zip(activations, gradients, strict=True)
             if both[0].size
         )
@@ -181,8 +194,8 @@ class CudaBackend(Backend):
 
             def run(name: str, *known: Any) -> None:
                 if size:
-                    kernel = _variant(kernels, name, vectors=vectors)
-                    kernel(there, layers, first, *known, **grid)
+                    kernel = variant(kernels, name, vectors=vectors)
+                    kernel(there, layers, first, *known, **all_blocks)
 
             what = "sum" if norm.two_pass else "apply"
             if size < CERTIFIED_FROM:
@@ -190,7 +203,7 @@ class CudaBackend(Backend):
             else:
                 partials = _partials(norm, int(blocks.sum()))
                 run(f"{what}_certified", partials)
-                kernels.certify(partials, there, epsilon, words, *results, **_grid(layers))
+                kernels.certify(partials, there, epsilon, words, *results, **grid(layers))
                 run("sum", words)
             rows = words.reshape(layers, -1).T  # raw arrays bar CuPy from moving the axis itself
             kernels.finish(rows, words, there, epsilon, *results, axis=0)
@@ -199,50 +212,35 @@ class CudaBackend(Backend):
             return list(results[0])
 
 
-def _refuse(statistics: ActivationStatistics | None) -> None:
-    if statistics is not None:
-        raise NotImplementedError(
-            "statistics are counted on the host only; choose backend='numba', which moves the "
-            "activations there, or count them with CuPy"
-        )
+def _counter_of(statistics: ActivationStatistics | None, x: cupy.ndarray) -> Counter | None:
+    """Return what counts on the device of x for the statistics, if there are any.
 
+    There is one for each stream: what zeroes it comes before what it counts.
 
-def launch(
-    kernels: Kernels,
-    name: str,
-    *known: Any,
-    arrays: Sequence[cupy.ndarray],
-    weights: cupy.ndarray | None = None,
-) -> None:
-    """Launch a pass over all elements of the activations, and the gradients if there are any."""
-    count = arrays[0].size
-    if count:
-        blocks = blocks_for(count)
-        if weights is None:
-            x, *gradients = collapse(*arrays)
-            plain = all(
-                each.ndim == 1 and each.strides[0] == each.itemsize for each in (x, *gradients)
+    Raises
+    ------
+    ValueError
+        If the call is being captured.
+    """
+    if statistics is None:
+        return None
+    units = x.shape[-1] if statistics.per_feature else None
+    with x.device:
+        stream = cupy.cuda.get_current_stream()
+        if stream.is_capturing():
+            raise ValueError(
+                "statistics cannot be counted in a CUDA graph, which may outlive them; capture the "
+                "call without statistics"
             )
-            kernel = _variant(kernels, name, vectors=plain and _differ_by_vectors(x, *gradients))
-        else:
-            weights, x, *gradients = collapse(weights, *arrays)
-            kernel, known = getattr(kernels, name), (weights, *known)
-        kernel(x, count, blocks * THREADS, *known, *gradients, **_grid(blocks))
+        place = x.device.id, stream.ptr, threading.get_ident()  # of the stream per thread
+        return statistics.counter(place, lambda: Counter(units))
 
 
-def _differ_by_vectors(x: cupy.ndarray, g: cupy.ndarray | None = None) -> bool:
-    """Return whether the addresses of two arrays differ by a multiple of what is loaded at once."""
-    return g is None or (x.data.ptr - g.data.ptr) % 16 == 0
-
-
-def _variant(kernels: Kernels, name: str, *, vectors: bool) -> Any:
-    """Return a kernel, by vectors if it can and there is one that does."""
-    kernel = getattr(kernels, name)
-    return getattr(kernels, f"{name}_vectors", kernel) if vectors else kernel
-
-
-def _grid(blocks: int) -> dict[str, int]:
-    return {"size": blocks * THREADS, "block_size": THREADS}
+def _count(counter: Counter | None, x: cupy.ndarray, weights: cupy.ndarray | None) -> None:
+    """Count, after everything that a call writes."""
+    if counter is not None:
+        with x.device:
+            counter.add(x, weights)
 
 
 def _partials(norm: Norm, blocks: int) -> cupy.ndarray:

@@ -8,14 +8,28 @@ else.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import cupy
 
 from actreg_dispatch.backends.cuda.passes import pass_kernel
 from actreg_dispatch.backends.cuda.results import certifying_kernel, finish_kernel
 from actreg_dispatch.backends.cuda.source import THREADS
+from actreg_dispatch.layout import collapse
 from actreg_dispatch.norms import Norm
 
-__all__ = ["FEW_BLOCKS", "MAX_BLOCKS", "Kernels", "blocks_for", "kernels_of"]
+__all__ = [
+    "FEW_BLOCKS",
+    "MAX_BLOCKS",
+    "Kernels",
+    "blocks_for",
+    "differ_by_vectors",
+    "grid",
+    "kernels_of",
+    "launch",
+    "variant",
+]
 
 FEW_BLOCKS, MAX_BLOCKS = 128, 1024
 _FEW_ELEMENTS, _ELEMENTS = 16, 64  # of a thread
@@ -82,3 +96,42 @@ def blocks_for(size: int) -> int:
     """
     spread = min(FEW_BLOCKS, -(-size // (THREADS * _FEW_ELEMENTS)))
     return min(MAX_BLOCKS, max(spread, -(-size // (THREADS * _ELEMENTS))))
+
+
+def launch(
+    kernels: Any,
+    name: str,
+    *known: Any,
+    arrays: Sequence[cupy.ndarray],
+    weights: cupy.ndarray | None = None,
+) -> None:
+    """Launch a pass over all elements of the activations, and the gradients if there are any."""
+    count = arrays[0].size
+    if count:
+        blocks = blocks_for(count)
+        if weights is None:
+            x, *gradients = collapse(*arrays)
+            plain = all(
+                each.ndim == 1 and each.strides[0] == each.itemsize for each in (x, *gradients)
+            )
+            kernel = variant(kernels, name, vectors=plain and differ_by_vectors(x, *gradients))
+        else:
+            weights, x, *gradients = collapse(weights, *arrays)
+            kernel, known = getattr(kernels, name), (weights, *known)
+        kernel(x, count, blocks * THREADS, *known, *gradients, **grid(blocks))
+
+
+def differ_by_vectors(x: cupy.ndarray, g: cupy.ndarray | None = None) -> bool:
+    """Return whether the addresses of two arrays differ by a multiple of what is loaded at once."""
+    return g is None or (x.data.ptr - g.data.ptr) % 16 == 0
+
+
+def variant(kernels: Any, name: str, *, vectors: bool) -> Any:
+    """Return a kernel, by vectors if it can and there is one that does."""
+    kernel = getattr(kernels, name)
+    return getattr(kernels, f"{name}_vectors", kernel) if vectors else kernel
+
+
+def grid(blocks: int) -> dict[str, int]:
+    """Return what tells CuPy the size of the grid."""
+    return {"size": blocks * THREADS, "block_size": THREADS}

@@ -21,7 +21,7 @@ import cupy
 from actreg_dispatch.backends.cuda.source import OPTIONS, kernel_name, preamble, repeated
 from actreg_dispatch.norms import Norm
 
-__all__ = ["LOADS", "pass_kernel"]
+__all__ = ["GRID_STRIDE_LOOP", "LOADS", "VECTOR_LOOP", "pass_kernel"]
 
 LOADS = 4  # by a thread of each array before it uses the first
 
@@ -30,7 +30,7 @@ LOADS = 4  # by a thread of each array before it uses the first
 # ``start`` is the number of the thread, ``step`` that of all, ``count`` that of the elements;
 # ``use(x, w, g)`` does what is to be done with an element, UPDATES says whether g changes, and
 # WEIGHTED whether there is a weight w. LOADS are under way at once.
-_GRID_STRIDE_LOOP = """
+GRID_STRIDE_LOOP = """
     for (ptrdiff_t first = start; first < count; first += LOADS * step) {
         C value[LOADS], weight[LOADS], old[LOADS];
         #pragma unroll
@@ -55,7 +55,7 @@ _GRID_STRIDE_LOOP = """
 
 # For contiguous arrays without weights whose addresses differ by a multiple of 16 bytes. What comes
 # before the first such address and after the last is for the first threads.
-_VECTOR_LOOP = """
+VECTOR_LOOP = """
     constexpr int PER_VECTOR = 16 / sizeof(T);
     static_assert(LOADS * PER_VECTOR <= 64 / sizeof(T), "the bound takes a group of 64 bytes");
     const T* const xs = &activations[0];
@@ -207,7 +207,7 @@ def pass_kernel(
         f"constexpr int LOADS = {loads};",
         "" if updated or batch else "T* const gradients = nullptr;",
         "" if weighted else "const T* const weights = nullptr;",
-        _VECTOR_LOOP if "vectors" in kind else _GRID_STRIDE_LOOP,
+        VECTOR_LOOP if "vectors" in kind else GRID_STRIDE_LOOP,
         sums.finish,
     ]
     if batch:
