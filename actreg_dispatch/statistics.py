@@ -1,4 +1,4 @@
-"""How active activations are: counted in the pass that regularizes them."""
+"""How active activations are: counted with what regularizes them, and where."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ActivationStatistics:
     ----------
     per_feature : bool, default False
         Also count, along the last axis, how often each unit was active. That reads the activations
-        once more.
+        once more, on a device no more than the rest.
 
     Notes
     -----

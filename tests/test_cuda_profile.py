@@ -22,7 +22,7 @@ SIZE = 100_000
 PROFILE = """
 import json, os
 import cupy, numpy as np, ml_dtypes
-from actreg_dispatch import ActivityRegularization
+from actreg_dispatch import ActivationStatistics, ActivityRegularization
 from actreg_dispatch.backends.cuda import kernels
 from actreg_dispatch.norms import NORMS
 
@@ -59,6 +59,14 @@ for dtype in ("float16", "bfloat16", "float32", "float64"):
             reg = ActivityRegularization(0.1, norm)
             record(f"apply {norm} {dtype} {layout}", lambda: reg.apply(x, g))
             record(f"penalty {norm} {dtype} {layout}", lambda: reg.penalty(x))
+        for units in (False, True):
+            reg, statistics = ActivityRegularization(0.1), ActivationStatistics(per_feature=units)
+            counted = x.reshape(-1, 32) if x.ndim == 1 else x
+            reg.penalty(counted, statistics=statistics)  # makes the counters
+            record(
+                f"statistics{' of units' * units} {dtype} {layout}",
+                lambda: reg.penalty(counted, statistics=statistics),
+            )
 for norm in NORMS:
     xs, gs = ([cupy.ones(n, np.float32) for n in (3, 70_000)] for _ in range(2))
     record(f"apply_all {norm}", lambda: ActivityRegularization(0.1, norm).apply_all(xs, gs))
@@ -144,6 +152,32 @@ def test_strided_arrays_cost_a_bounded_amount_more(profile, layout, norm, dtype)
             for each in ("contiguous", layout)
         )
         assert (strided - plain <= STRIDED[layout]).all(), strided - plain
+
+
+# What counting adds to an element of contiguous arrays; where units are counted, too, it has no
+# vectors.
+COUNTING = {"statistics": (0.1, 12), "statistics of units": (0.1, 20)}
+counts = pytest.mark.parametrize("what", COUNTING)
+
+
+@counts
+@dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "transposed"])
+def test_counting_reads_once_more_and_the_host_never_waits(profile, what, dtype, layout):
+    plain, events = profile[f"penalty l1 {dtype} {layout}"], profile[f"{what} {dtype} {layout}"]
+    assert [event for event in events if "launch" not in event] == []
+    *others, counting = events
+    assert [event["launch"] for event in others] == [event["launch"] for event in plain]
+    moved = counting["loaded"] + counting["stored"]
+    itemsize = 8 if dtype == "float64" else 4 if dtype == "float32" else 2
+    assert 1 <= moved / (SIZE * itemsize) <= 1.02
+    assert counting["atomic"] <= 0.05 * moved
+    few, many = (issues_of(profile[f"{what} {dtype} {n}"][-1:]) for n in ("few", "many"))
+    cost = 32 * (many - few) / (5 * 16_384)
+    assert (cost <= COUNTING[what]).all(), cost
+    if layout in STRIDED:
+        more = 32 * issues_of([counting]) / SIZE - cost
+        assert (more <= STRIDED[layout]).all(), more
 
 
 @norms

@@ -1337,6 +1337,17 @@ def test_kernels_go_to_the_current_stream_of_pytorch(cupy, on_device, stream, mo
     assert set(seen) == {stream.ptr}
 
 
+def test_tensors_of_a_device_are_counted(cupy, on_device, stream):
+    values = np.float32([[1.0, 0.0], [-3.0, 0.0]])
+    x, g = on_device.at(cupy.asarray(values)), on_device.at(cupy.zeros((2, 2), np.float32))
+    reg, statistics = ActivityRegularization.l2(0.3), ActivationStatistics(per_feature=True)
+    reg.penalty(x, statistics=statistics)
+    reg.apply(x, g, statistics=statistics)
+    reg.penalty(torch.from_numpy(values), statistics=statistics)
+    assert (statistics.elements, statistics.nonzero, statistics.largest) == (12, 6, 3.0)
+    assert statistics.active.tolist() == [6, 0]
+
+
 def test_a_view_of_a_device_keeps_the_tensor_alive(cupy, on_device):
     import gc
     import weakref
