@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 NEEDS = {  # notebook -> what may not be installed for the tests
     "02_pytorch.ipynb": ("torch",),
     "03_dask.ipynb": ("resource",),  # of Unix
+    "04_weights.ipynb": ("torch",),
 }
 
 
