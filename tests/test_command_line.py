@@ -41,9 +41,22 @@ def test_outcomes_are_consistent(outcomes):
         digits, units = outcome.hidden.shape
         assert (digits, units) == (360, 100)
         np.testing.assert_allclose(outcome.active_units, units * (1 - outcome.zero_share))
+        assert (outcome.active == np.count_nonzero(outcome.hidden, axis=0)).all()
+        assert outcome.dead_units == (outcome.hidden == 0).all(axis=0).sum()
         np.testing.assert_allclose(np.linalg.norm(outcome.features, axis=1), 1, rtol=1e-5)
     size = np.abs(outcomes[3].hidden, dtype=np.float64).sum() / 360
     np.testing.assert_allclose(outcomes[3].penalty, outcomes[3].regularization.lam * size)
+
+
+def test_the_last_panel_shows_how_often_each_unit_is_active(outcomes):
+    from actreg_dispatch.cli import demo
+
+    (panel,) = [each for each in demo.draw(outcomes).axes if "dead ones" in each.get_title()]
+    l1 = next(o for o in outcomes if o.regularization.norm == "l1" and o.regularization.lam == 0.1)
+    for line, outcome in zip(panel.lines, (outcomes[0], l1, outcomes[-1]), strict=True):
+        shares = line.get_ydata()
+        assert (shares == np.sort(outcome.active)[::-1] / 360).all()
+        assert line.get_label().endswith(f": {np.count_nonzero(shares == 0)} dead")
 
 
 def test_the_demo_prints_a_table_and_writes_a_picture(tmp_path, monkeypatch, capsys):
@@ -51,7 +64,7 @@ def test_the_demo_prints_a_table_and_writes_a_picture(tmp_path, monkeypatch, cap
     out = tmp_path / "picture.png"
     assert main(["demo", "--epochs", "1", "--seed", "3", "--out", str(out)]) == 0
     told = capsys.readouterr().out
-    for heading in ("norm", "λ", "error", "at zero", "active units", "penalty", "training 16"):
+    for heading in ("norm", "λ", "error", "at zero", "active", "dead", "penalty", "training 16"):
         assert heading in told
     assert len(re.findall(r"^│ (?:none|L1|squared L2|Hoyer-square) ", told, re.MULTILINE)) == 16
     assert out.read_bytes().startswith(b"\x89PNG")

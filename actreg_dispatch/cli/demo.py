@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 
 from actreg_dispatch.norms import ActivityNorm
 from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.statistics import ActivationStatistics
 
 __all__ = ["Outcome", "Settings", "draw", "load_images", "main", "sweep", "tabulate", "train"]
 
@@ -37,7 +38,7 @@ LABELS: dict[str, str] = {
     ActivityNorm.HOYER: "Hoyer-square",
 }
 NUDGES: dict[str, tuple[int, int]] = {  # from a point to its number, in points
-    ActivityNorm.L1: (6, -4),
+    ActivityNorm.L1: (4, 3),
     ActivityNorm.L2_SQUARED: (4, 4),
     ActivityNorm.HOYER: (-26, -6),
 }
@@ -63,6 +64,7 @@ class Outcome:
     error: float  # mean squared error of a pixel, pixels being in [0, 1]
     penalty: float  # per digit
     hidden: Array  # activations, digit by unit
+    active: np.ndarray[Any, np.dtype[np.int64]]  # for how many digits each unit is not zero
     features: Array  # what each unit draws, unit by pixel
 
     @property
@@ -74,6 +76,11 @@ class Outcome:
     def active_units(self) -> float:
         """Mean number of units that are not zero for a digit."""
         return float(np.mean(np.count_nonzero(self.hidden, axis=1)))
+
+    @property
+    def dead_units(self) -> int:
+        """Number of units that are zero for every digit."""
+        return int(np.count_nonzero(self.active == 0))
 
 
 def load_images(seed: int = 0) -> tuple[Array, Array]:
@@ -122,11 +129,18 @@ def train(
             weights[2] = _unit_rows(weights[2])
         after_epoch()
     _, hidden, output = _forward(weights, held_out)
+    # By array type, whatever is asked for: the bits are the same, and CUDA cannot count.
+    counting = ActivityRegularization(regularization.lam, regularization.norm, backend="auto")
+    statistics = ActivationStatistics(per_feature=True)
+    penalty = counting.penalty(hidden, statistics=statistics)
+    active = statistics.active
+    assert active is not None  # it has counted
     return Outcome(
         regularization,
         float(np.mean((output - held_out) ** 2)),
-        float(regularization.penalty(hidden)) / len(held_out),
+        float(penalty) / len(held_out),
         hidden,
+        active,
         weights[2],
     )
 
@@ -178,8 +192,17 @@ def runs() -> int:
 def tabulate(outcomes: Sequence[Outcome]) -> Table:
     """Return the table that shows the effect of λ."""
     table = Table(title="Activity regularization of an autoencoder, on held-out digits")
-    for heading in ("norm", "λ", "error ×10⁻³", "at zero", "active units", "penalty per digit"):
-        table.add_column(heading, justify="left" if heading == "norm" else "right")
+    for heading in (
+        "norm",
+        "λ",
+        "error ×10⁻³",
+        "at zero",
+        "active units",
+        "dead units",
+        "penalty per digit",
+    ):
+        is_name = heading == "norm"
+        table.add_column(heading, justify="left" if is_name else "right", no_wrap=is_name)
     norm = None
     for outcome in outcomes:
         reg = outcome.regularization
@@ -192,26 +215,30 @@ def tabulate(outcomes: Sequence[Outcome]) -> Table:
             f"{1e3 * outcome.error:.2f}",
             f"{outcome.zero_share:.1%}",
             f"{outcome.active_units:.1f}",
+            f"{outcome.dead_units}",
             f"{outcome.penalty:.4f}",
         )
     return table
 
 
 def draw(outcomes: Sequence[Outcome]) -> Figure:
-    """Return the picture: the trade-off, and features and activations without and with L1."""
+    """Return the picture: the trade-off; features, activations and units without and with L1.
+
+    Of the units also those that remain at the last λ of the last norm.
+    """
     plain = outcomes[0]
     sparse = _showcase(outcomes)
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     figure.suptitle("What activity regularization does to an autoencoder of handwritten digits")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.1))
     left, right = halves
-    trade_off, histogram = left.subplots(2, 1)
+    trade_off, histogram, units = left.subplots(3, 1)
 
     for norm in STRENGTHS:
         chosen = [plain, *(o for o in outcomes[1:] if o.regularization.norm is norm)]
         points = [(o.active_units, 1e3 * o.error) for o in chosen]
         trade_off.plot(*zip(*points, strict=True), "o-", label=LABELS[norm])
-        for outcome, point in zip(chosen, points, strict=True):
+        for outcome, point in zip(chosen[1:], points[1:], strict=True):
             trade_off.annotate(
                 f"{outcome.regularization.lam:g}",
                 point,
@@ -219,6 +246,9 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
                 textcoords="offset points",
                 fontsize=7,
             )
+    plain_point = plain.active_units, 1e3 * plain.error
+    trade_off.annotate("0", plain_point, xytext=(6, -3), textcoords="offset points", fontsize=7)
+    trade_off.margins(x=0.12)  # for the numbers
     trade_off.set(
         title="Trade-off; the small numbers are λ",
         xlabel="active units per digit",
@@ -234,10 +264,21 @@ def draw(outcomes: Sequence[Outcome]) -> Figure:
     histogram.set(title="Hidden activations", xlabel="activation", ylabel="how many", yscale="log")
     histogram.legend()
 
+    for outcome in (plain, sparse, outcomes[-1]):
+        shares = np.sort(outcome.active)[::-1] / len(outcome.hidden)
+        label = f"{_title(outcome)}: {outcome.dead_units} dead"
+        units.plot(np.arange(1, len(shares) + 1), shares, ".-", lw=1, label=label)
+    units.set(
+        title="Each unit; dead ones are active for no digit",
+        xlabel="unit, the busiest first",
+        ylabel="share of digits it is active for",
+    )
+    units.legend(loc=(0.1, 0.65), fontsize=9)  # where no curve is
+
     for panel, outcome in zip(right.subfigures(2, 1), (plain, sparse), strict=True):
         panel.suptitle(f"Features of the busiest units, {_title(outcome)}")
         busiest = np.argsort(-outcome.hidden.sum(axis=0))
-        axes = panel.subplots(4, 10).ravel()
+        axes = panel.subplots(5, 8).ravel()
         for axis, feature in zip(axes, outcome.features[busiest], strict=False):
             limit = float(np.abs(feature).max())
             axis.imshow(feature.reshape(8, 8), cmap="RdBu_r", vmin=-limit, vmax=limit)
