@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from actreg_dispatch import ActivityRegularization, registry, warmup
+from actreg_dispatch import ActivityRegularization, files, registry, warmup
 
 BACKENDS = ("numpy", "numba", "cupy")
 LIBRARIES = ("torch", "jax", "dask")  # whose arrays a module of their own leads to the backends
@@ -107,6 +108,42 @@ class Library(UsableBackend):
         return self.host(penalty), gradients + self.host(gradient)
 
 
+@dataclass
+class Files(UsableBackend):
+    """Arrays in files, which a module of their own computes with."""
+
+    folder: Path
+
+    def array(self, values: Any, dtype: Any = None) -> Path:
+        with tempfile.NamedTemporaryFile(suffix=".npy", dir=self.folder, delete=False) as file:
+            np.save(file, np.asarray(values, dtype))
+        return Path(file.name)
+
+    def host(self, values: Any) -> np.ndarray:
+        return np.asarray(np.load(values) if isinstance(values, Path) else values)
+
+    def regularization(self, lam: float, norm: Any, **options: Any) -> Any:
+        return OfFiles(self, ActivityRegularization(lam, norm, **options))
+
+
+@dataclass
+class OfFiles:
+    """A regularization whose methods are the functions of that module."""
+
+    files: Files
+    reg: ActivityRegularization
+
+    def penalty(self, activations: Path, **options: Any) -> Any:
+        return files.penalty(self.reg, activations, **options).penalty
+
+    def apply(self, activations: Path, gradients: Path, **options: Any) -> Any:
+        return files.apply(self.reg, activations, gradients, **options).penalty
+
+    def penalty_and_gradient(self, activations: Path, **options: Any) -> Any:
+        gradients = self.files.array(np.zeros_like(np.load(activations)))
+        return self.apply(activations, gradients, **options), gradients
+
+
 def pytest_report_header() -> list[str]:
     lines = [f"backends: {', '.join(registry.available_backends())}"]
     for name in BACKENDS:
@@ -119,22 +156,25 @@ def pytest_report_header() -> list[str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for ``backend`` on all that are usable or required.
 
-    One that asks for ``arrays`` runs on the arrays of other libraries, too.
+    One that asks for ``arrays`` runs on the arrays of other libraries, too, and one that asks for
+    ``arrays_or_files`` also on files.
     """
     required = (*DEPENDENCIES, *metafunc.config.getoption("--require-backend"))
     names = [n for n in BACKENDS if n in required or not registry.why_unavailable(n)]
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", names, indirect=True, scope="session")
-    if "arrays" in metafunc.fixturenames:
-        names += [n for n in LIBRARIES if n in required or importlib.util.find_spec(n)]
-        metafunc.parametrize("arrays", names, indirect=True, scope="session")
+    names += [n for n in LIBRARIES if n in required or importlib.util.find_spec(n)]
+    for fixture, more in (("arrays", []), ("arrays_or_files", ["files"])):
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, names + more, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that run CUDA kernels."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        names = {parameters.get("backend"), parameters.get("arrays"), *item.fixturenames}
+        fixtures = ("backend", "arrays", "arrays_or_files")
+        names = {*map(parameters.get, fixtures), *item.fixturenames}
         if "cupy" in names:
             item.add_marker("cuda")
 
@@ -178,12 +218,26 @@ def _usable(name: str) -> UsableBackend:
 @pytest.fixture(scope="session")
 def arrays(request: pytest.FixtureRequest) -> UsableBackend:
     """Each backend, and each library whose arrays are led to the backends, in turn."""
-    if request.param in BACKENDS:
-        return _usable(request.param)
-    importlib.import_module("dask.array" if request.param == "dask" else request.param)
-    if request.param == "jax":
+    return _arrays_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def arrays_or_files(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> UsableBackend:
+    """Do as ``arrays``, and then with files."""
+    if request.param == "files":
+        return Files("files", tmp_path_factory.mktemp("arrays"))
+    return _arrays_of(request.param)
+
+
+def _arrays_of(name: str) -> UsableBackend:
+    if name in BACKENDS:
+        return _usable(name)
+    importlib.import_module("dask.array" if name == "dask" else name)
+    if name == "jax":
         sys.modules["jax"].config.update("jax_enable_x64", True)
-    return Library(request.param)
+    return Library(name)
 
 
 @pytest.fixture(scope="session")

@@ -27,21 +27,35 @@ one_sum = pytest.mark.parametrize(
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.__name__)
 
 
-def assert_exact(arrays, activations, norm, *, lam=0.1, gradients=None, scale=1.0, **options):
-    """Apply and compare penalty and gradients with rational arithmetic; all arrays on the host."""
+def assert_exact(
+    arrays,
+    activations,
+    norm,
+    *,
+    lam=0.1,
+    count=1,
+    gradients=None,
+    scale=1.0,
+    weights=None,
+    **options,
+):
+    """Apply and compare penalty and gradients with rational arithmetic; all arrays on the host.
+
+    ``count`` is what λ is divided by.
+    """
     if gradients is None:
         gradients = np.linspace(-1, 1, activations.size).reshape(activations.shape)
         gradients = gradients.astype(activations.dtype)
-    epsilon = options.get("epsilon")
-    expected, updated = exact_result(activations, gradients, norm, lam, epsilon, scale)
+    exact = norm, lam / count, options.get("epsilon"), scale, weights
+    expected, updated = exact_result(activations, gradients, *exact)
     reg = arrays.regularization(lam, norm, **options)
-    penalty, found = arrays.updated(reg, activations, gradients, scale=scale)
-    alone = arrays.host(reg.penalty(arrays.array(activations)))
+    weigh = {} if weights is None else {"weights": arrays.array(weights)}
+    penalty, found = arrays.updated(reg, activations, gradients, scale=scale, **weigh)
+    alone = arrays.host(reg.penalty(arrays.array(activations), **weigh))
     assert penalty.tobytes() == alone.tobytes() == expected.tobytes(), (penalty, expected)
     assert found.tobytes() == updated.tobytes()
-    zeros = np.zeros_like(gradients)
-    _, gradient = exact_result(activations, zeros, norm, lam, epsilon, scale)
-    penalty, found = reg.penalty_and_gradient(arrays.array(activations), scale=scale)
+    _, gradient = exact_result(activations, np.zeros_like(gradients), *exact)
+    penalty, found = reg.penalty_and_gradient(arrays.array(activations), scale=scale, **weigh)
     assert arrays.host(penalty).tobytes() == expected.tobytes()
     assert arrays.host(found).tobytes() == gradient.tobytes()
 
@@ -390,6 +404,81 @@ def test_the_partial_sum_of_what_is_not_finite(backend, norm):
     assert math.isnan(total(math.inf, math.nan))
     finite, infinite = (reg.partial_sum(backend.array([value])) for value in (1.0, math.inf))
     assert float(reg.finish(finite + infinite)) == math.inf
+
+
+# Weights.
+
+BAD = (-1.0, math.inf, math.nan)  # as weights
+WEIGHTS = {
+    "of features": (50,),
+    "of tokens": (6, 1),
+    "of elements": (6, 50),
+}
+
+
+@norms
+@pytest.mark.parametrize("shape", WEIGHTS.values(), ids=WEIGHTS)
+def test_with_weights_all_is_exactly_rounded(arrays_or_files, norm, shape):
+    rng = np.random.default_rng(9)
+    for dtype in DTYPES:
+        values, keep = rng.normal(size=(6, 50)).astype(dtype), rng.random(shape) < 0.8
+        weights = (rng.random(shape) * keep).astype(dtype)
+        assert_exact(arrays_or_files, values, norm, scale=-3.0, weights=weights)
+        values[~np.broadcast_to(keep, values.shape)] = math.nan
+        for each in (keep, weights):
+            assert_exact(arrays_or_files, values, norm, scale=-3.0, weights=each)
+
+
+MASK = np.array([[True, True, False], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("reduction", "mask", "count"),
+    [
+        ("sum", MASK, 1),
+        ("mean", MASK, 2),
+        ("batch", MASK, 1),
+        ((1,), MASK, 2),
+        ((0, 1), MASK, 2),
+        ("mean", MASK[:, :1], 3),
+        ("mean", MASK[0], 4),
+        ("batch", MASK[0], 2),
+        (1, MASK[:, :1], 3),
+        ("mean", np.array(True), 6),
+        ("mean", MASK[1], 1),
+        ("mean", MASK.astype(np.float32), 6),
+        ("batch", MASK.astype(np.float32), 2),
+    ],
+)
+def test_a_mask_counts_what_it_keeps_and_other_weights_count_nothing(
+    arrays_or_files, reduction, mask, count
+):
+    x = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    x[~np.broadcast_to(mask, x.shape).astype(bool)] = math.nan
+    options = {"reduction": reduction, "count": count, "weights": mask}
+    assert_exact(arrays_or_files, x, ActivityNorm.L1, **options)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])  # of one pass and of two
+@pytest.mark.parametrize(
+    "wrong",
+    [np.ones(4), np.ones((1, 2, 3)), np.ones(3, np.int64), *(np.full((2, 1), v) for v in BAD)],
+    ids=["shape", "axes", "dtype", *map(str, BAD)],
+)
+def test_wrong_weights_leave_everything_unwritten(arrays_or_files, norm, wrong):
+    kind, reg = arrays_or_files, arrays_or_files.regularization(0.5, norm)
+    x, g, weights = map(kind.array, (np.ones((2, 3)), np.full((2, 3), 7.0), wrong))
+    if kind.name == "cupy" and wrong.shape == (2, 1):  # nothing waits to see them
+        assert math.isnan(reg.penalty(x, weights=weights))
+        return
+    writes = kind.name not in ("jax", "dask")
+    with pytest.raises((TypeError, ValueError), match="weights"):
+        kind.host(
+            reg.apply(x, g, weights=weights)
+            if writes
+            else reg.penalty_and_gradient(x, weights=weights)[0]
+        )
+    assert (kind.host(g) == 7.0).all()
 
 
 # Properties.
