@@ -271,6 +271,23 @@ def test_dask_arrays_are_compared_with_plain_expressions(python):
             assert re.fullmatch(r" [\d.]+ s; [\d.]+ ", cell), cell
 
 
+def test_weights_are_compared_with_the_call_without(python):
+    options = ["--tokens", "20", "--features", "30", "--repeats", "1"]
+    done = python("-m", "benchmarks.weights", *options)
+    head, rule, *rows = done.stdout.splitlines()
+    columns = "features | tokens | mask of tokens | elements | statistics | per feature"
+    assert head == f"| tokens x features | ms | {columns} | memory, elements |"
+    assert rule == f"| --- |{' ---: |' * 8}"
+    cells = [row[2:-2].split(" | ") for row in rows]
+    assert [(name, memory) for name, *_, memory in cells] == [
+        (f"{dtype}, {norm}, {call}", memory)
+        for dtype in ("float32", "float64")
+        for norm, update in (("L1", "1.67"), ("squared L2", "1.67"), ("L2", "1.50"))
+        for call, memory in (("penalty", "2.00"), ("apply", update))
+    ]
+    assert all(re.fullmatch(r"[\d.]+", cell) for _, *figures in cells for cell in figures), cells
+
+
 def test_exact_sums_are_those_of_other_libraries(python):
     options = ["--size", "50", "--repeats", "1"]  # each row compares sums before it times them
     done = python("-m", "benchmarks.exact_sums", *options)
