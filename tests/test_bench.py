@@ -288,6 +288,16 @@ def test_weights_are_compared_with_the_call_without(python):
     assert all(re.fullmatch(r"[\d.]+", cell) for _, *figures in cells for cell in figures), cells
 
 
+def test_norms_of_rows_are_compared_with_the_norm_of_the_whole(python):
+    options = ["--size", "300", "--lengths", "7", "20", "--repeats", "1"]
+    head, rule, *rows = python("-m", "benchmarks.row_norms", *options).stdout.splitlines()
+    assert (head, rule) == ("| rows of | ms of l2 | 7 | 20 |", "| --- | ---: | ---: | ---: |")
+    cells = [row[2:-2].split(" | ") for row in rows]
+    calls = [f"{d}, {call}" for d in ("float32", "float64") for call in ("penalty", "apply")]
+    assert [name for name, *_ in cells] == calls
+    assert all(re.fullmatch(r"[\d.]+", cell) for _, *figures in cells for cell in figures), cells
+
+
 def test_exact_sums_are_those_of_other_libraries(python):
     options = ["--size", "50", "--repeats", "1"]  # each row compares sums before it times them
     done = python("-m", "benchmarks.exact_sums", *options)

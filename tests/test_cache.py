@@ -33,17 +33,22 @@ print(json.dumps([penalty, hits, compiling.__file__]))
 CALL = CODE.replace("FOUND", "reg.penalty(x)")  # a driver and four C functions
 LAYERS = CODE.replace("FOUND", "reg.apply_all([x], [np.zeros_like(x)]).total")  # two drivers more
 SUM = CODE.replace("FOUND", "reg.finish(reg.partial_sum(x))")  # two drivers and a C function
+ROWS = CODE.replace("l1(0.5)", "l2(0.5, axis=-1)").replace(  # a driver and a C function
+    "FOUND", "reg.penalty(np.float32([[3, 4], [0, 15]]))"
+)
 CODE = CALL
 
 
 @pytest.mark.parametrize(
-    ("code", "kernels"), [(CALL, 5), (LAYERS, 7), (SUM, 3)], ids=["call", "layers", "sum"]
+    ("code", "penalty", "kernels"),
+    [(CALL, 5.0, 5), (LAYERS, 5.0, 7), (SUM, 5.0, 3), (ROWS, 10.0, 2)],
+    ids=["call", "layers", "sum", "rows"],
 )
-def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path, code, kernels):
+def test_a_second_process_finds_the_kernels_of_the_first(python, tmp_path, code, penalty, kernels):
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "ACTREG_CACHE": "1"}
     first, second = (json.loads(python("-c", code, **cache).stdout)[:2] for _ in range(2))
-    assert first == [5.0, [0] * kernels]
-    assert second == [5.0, [1] * kernels]
+    assert first == [penalty, [0] * kernels]
+    assert second == [penalty, [1] * kernels]
 
 
 def test_the_cache_can_be_switched_off(python, tmp_path):
@@ -171,6 +176,9 @@ def test_kernels_that_several_processes_have_kept_are_not_taken_for_each_other(p
 
 def test_compiled_closures_have_names_of_their_own(python):
     code = SUMS + (
+        "rows = ActivityRegularization.l2(0.1, axis=-1)\n"
+        "for given in ({}, {'weights': weights}):\n"
+        "    rows.finish(rows.partial_sum(x, **given)), rows.apply(x, np.ones_like(x), **given)\n"
         "import re\n"
         "from actreg_dispatch.backends.numba.compiling import KERNELS\n"
         "for kernel in KERNELS.values():\n"
