@@ -65,7 +65,7 @@ def apply_all(
     names, xs, gs = _named_layers(activations, gradients)
     labels = list(range(len(xs))) if names is None else names
     ws = None if weights is None else _weights_of_layers(weights, names, labels)
-    library = library_of(xs[0]) if xs else None
+    library = library_of(type(xs[0])) if xs else None
     if library is not None:
         options = given(ws, statistics)
         total, layers = library.apply_all(reg, labels, xs, gs, scale=scale, **options)

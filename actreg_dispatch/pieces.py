@@ -50,7 +50,7 @@ class Piecewise(ABC):
         >>> float(reg.finish(total)), float(reg.penalty(activations))
         (7.5, 7.5)
         """
-        library = library_of(activations)
+        library = library_of(type(activations))
         if library is not None:
             given = dispatch.given(weights)
             return library.partial_sum(self, activations, **given)  # type: ignore[no-any-return]
@@ -122,7 +122,7 @@ class Piecewise(ABC):
         >>> gradients
         array([0.6, 0.8])
         """
-        library = library_of(activations)
+        library = library_of(type(activations))
         if library is not None:
             given = {"count": count, "scale": scale} | dispatch.given(weights)
             library.add_gradient(self, activations, gradients, total, **given)

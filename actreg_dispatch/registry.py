@@ -81,7 +81,7 @@ _ENTRIES: dict[str, _Entry] = {}
 # Class of an array -> dotted name of its library's array type.
 _ARRAY_TYPES: MutableMapping[type, str] = weakref.WeakKeyDictionary()
 _DECISIONS: dict[tuple[str, str, np.dtype[Any], bool], tuple[Backend, str]] = {}
-_LIBRARY_MODULES: dict[str, Any] = {}
+_MODULES: dict[str | None, Any] = {None: None}  # those of LIBRARIES that have been imported
 _LOCK = threading.RLock()
 lock_over_fork(_LOCK)
 _OVERRIDE: ContextVar[str | None] = ContextVar("actreg_dispatch_backend", default=None)
@@ -317,23 +317,24 @@ def array_type_of(cls: type) -> str | None:
     return known
 
 
-def library_of(array: Any) -> Any:
-    """Return the module of :data:`LIBRARIES` for ``array``; None if backends take it as it is."""
-    array_type = _ARRAY_TYPES.get(type(array))
-    if array_type is None:
-        torch: Any = sys.modules.get("torch")
-        if issubclass(type(array), getattr(torch, "Tensor", ())) and torch.compiler.is_compiling():
-            # Dynamo cannot trace a lock, nor an import by a name that is computed.
-            from actreg_dispatch import torch as adapter
+def library_of(cls: type) -> Any:
+    """Return the module of :data:`LIBRARIES` for arrays of ``cls``; None if backends take them."""
+    name = _name_of_library(cls)
+    return _MODULES[name]
 
-            return adapter
-        array_type = array_type_of(type(array))
-    if array_type not in LIBRARIES:
-        return None
-    module = _LIBRARY_MODULES.get(array_type)
-    if module is None:  # waits where another thread is importing it
-        module = _LIBRARY_MODULES[array_type] = importlib.import_module(LIBRARIES[array_type])
-    return module
+
+def _name_of_library(cls: type) -> str | None:
+    """Return the name of that module, which has been imported, or None."""
+    array_type = _ARRAY_TYPES.get(cls) or array_type_of(cls)
+    name = LIBRARIES.get(array_type) if array_type else None
+    if name and name not in _MODULES:  # waits where another thread is importing it
+        _MODULES[name] = importlib.import_module(name)
+    return name
+
+
+# Dynamo cannot trace a lock, nor an import by a name that is computed. So it calls this function
+# and takes what is returned for a constant, as torch.compiler.assume_constant_result would say.
+_name_of_library._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(

@@ -281,7 +281,7 @@ class ActivityRegularization(Piecewise):
             penalty = self._dispatcher.penalty(activations)
             if penalty is not None:
                 return penalty
-        library = library_of(activations)
+        library = library_of(type(activations))
         if library is not None:
             return library.penalty(self, activations, **dispatch.given(weights, statistics))
         return dispatch.penalty(self.options, activations, weights, statistics)
@@ -321,7 +321,7 @@ class ActivityRegularization(Piecewise):
         >>> float(penalty), gradient
         (1.5, array([ 0.5, -0.5,  0. ]))
         """
-        library = library_of(activations)
+        library = library_of(type(activations))
         if library is not None:
             return library.penalty_and_gradient(  # type: ignore[no-any-return]
                 self, activations, out, scale=scale, **dispatch.given(weights)
@@ -408,7 +408,7 @@ class ActivityRegularization(Piecewise):
             penalty = plan.apply(activations, gradients, scale)
             if penalty is not None:
                 return penalty
-        library = library_of(activations)
+        library = library_of(type(activations))
         if library is not None:
             given = dispatch.given(weights, statistics)
             return library.apply(self, activations, gradients, scale=scale, **given)

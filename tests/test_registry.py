@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import graphlib
 import logging
 import sys
 import threading
 import types
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -369,6 +372,28 @@ reg.apply(np.ones(3), np.zeros(3))
 print(sorted({"numba", "cupy", "dask", "jax", "torch"} & set(sys.modules)))
 """
     assert python("-c", code).stdout == "[]\n['numba']\n"
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    """Imports inside of functions included; what the registry's tables name is loaded by name."""
+    package = Path(actreg_dispatch.__file__).parent
+    imports = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        imports[".".join(parts).removesuffix(".__init__")] = ast.parse(path.read_text("utf-8"))
+    for name, tree in imports.items():
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{name} imports by a relative name"
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & imports.keys()
+                found.update(inner or {node.module})
+        imports[name] = found & imports.keys()
+    assert "actreg_dispatch.registry" in imports["actreg_dispatch.torch.memory"]
+    assert "actreg_dispatch.runtime.subnormals" in imports["actreg_dispatch.jax"]  # in a function
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the modules
 
 
 def test_all_public_names_exist_and_are_documented():

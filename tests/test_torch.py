@@ -1366,7 +1366,7 @@ def test_a_view_of_a_device_keeps_the_tensor_alive(cupy, on_device):
 
 def test_the_module_is_found_by_its_name():
     assert actreg_dispatch.torch is tensors
-    assert registry.library_of(torch.nn.Parameter(torch.ones(1))) is tensors
+    assert registry.library_of(torch.nn.Parameter) is tensors
 
 
 # Many layers.
