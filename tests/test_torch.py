@@ -960,15 +960,33 @@ def samples():
     x, one = normal(3, 4), torch.tensor(2.0, dtype=torch.float64)
     leaf, lam = x.clone().requires_grad_(), torch.tensor([0.3], dtype=torch.float64)
     options = lam, "l2", None, "sum", None
+    w, mask = x[0].abs().requires_grad_(), x > 0
     return {
         "penalty": [
-            (leaf, *options),
-            (x.T.bfloat16(), *options),
-            (leaf, lam, "l1", None, "mean", "numpy"),
+            (leaf, *options, None),
+            (x.T.bfloat16(), *options, None),
+            (leaf, lam, "l1", None, "mean", "numpy", None),
+            (leaf, lam, "hoyer", None, "batch", None, w),
+            (leaf, *options, mask),
         ],
-        "gradient": [(x, one, None, *options), (x.T, one, x.T.contiguous(), *options)],
-        "update": [(x, x.clone(), 1.5, overwrite, *options) for overwrite in (False, True)],
-        "pass_through": [(leaf, one, *options), (x, one, *options)],
+        "gradient": [
+            (x, one, None, *options, None),
+            (x.T, one, x.T.contiguous(), *options, None),
+            (x, one, x.clone(), *options, w.detach()),
+            (x, one, None, *options, mask),
+        ],
+        "update": [
+            (x, x.clone(), 1.5, overwrite, *options, weights)
+            for overwrite in (False, True)
+            for weights in (None, w.detach(), mask)
+        ],
+        "pass_through": [
+            (leaf, one, *options, None),
+            (x, one, *options, None),
+            (leaf, one, *options, w),
+            (x, one, *options, w),
+            (leaf, one, *options, mask),
+        ],
     }
 
 
@@ -1434,27 +1452,82 @@ def test_weights_give_the_bits_that_they_give_arrays(norm, dtype):
             assert memory.view(found).tobytes() == expected[1].tobytes()
 
 
+def test_the_gradient_by_weights_is_what_each_term_adds():
+    for norm, expected in (("l1", [1.5, 2.0]), ("l2_squared", [4.5, 8.0]), ("l2", [0.45, 0.8])):
+        x, w = torch.tensor([3.0, -4.0], requires_grad=True), torch.ones(2, requires_grad=True)
+        reg = ActivityRegularization(0.5, norm)
+        reg.penalty(x, weights=w).backward()
+        torch.testing.assert_close(w.grad, torch.tensor(expected))
+        assert bits(x.grad) == bits(reg.penalty_and_gradient(x, weights=w)[1])
+
+
+def test_weights_of_0_have_the_gradient_of_the_formula_unless_it_is_not_finite():
+    reg, w = ActivityRegularization(0.5), torch.tensor([2.0, 0.0, 0.0], requires_grad=True)
+    (2 * reg.penalty(torch.tensor([1.0, 3.0, math.nan]), weights=w)).backward()
+    assert w.grad.tolist() == [1.0, 3.0, 0.0]
+    for norm in ActivityNorm:
+        w.grad = None
+        ActivityRegularization(0.5, norm).penalty(torch.zeros(3), weights=w).backward()
+        assert w.grad.tolist() == [0.0] * 3
+    empty = torch.ones(0, requires_grad=True)
+    reg.penalty(torch.ones(0), weights=empty).backward()
+    assert empty.grad.shape == (0,)
+
+
 @norms
-def test_weights_have_gradients_of_their_own(norm):
-    torch.manual_seed(0)
-    reg = ActivityRegularization(0.3, norm, reduction="mean")
-    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    for shape in ((6, 5), (5,), (6, 1)):
-        w = (torch.rand(shape, dtype=torch.float64) + 0.1).requires_grad_()
-        assert gradcheck(lambda x, w: reg.penalty(x, weights=w), (x, w))
-    w = torch.tensor([2.0, 0.0], requires_grad=True)
-    (2 * reg.penalty(torch.tensor([1.0, math.nan]), weights=w)).backward()
-    assert w.grad[0] >= 0
-    assert w.grad[1] == 0
-    reg.penalty(torch.zeros(2), weights=w).backward()
+@pytest.mark.parametrize("reduction", ["sum", "batch"])
+@pytest.mark.parametrize("shape", [(3, 2), (2,), (3, 1)], ids=str)
+def test_derivatives_by_activations_and_weights_of_both_orders(norm, reduction, shape):
+    reg = ActivityRegularization(0.3, norm, reduction=reduction)
+    x = normal(3, 2, dtype=torch.float64).requires_grad_()
+    w = (normal(*shape, dtype=torch.float64, seed=1).abs() + 0.1).requires_grad_()
+
+    def penalty(x, w):
+        return reg.penalty(x, weights=w)
+
+    assert gradcheck(penalty, (x, w), check_forward_ad=True)
+    assert gradgradcheck(penalty, (x, w), check_fwd_over_rev=True)
+    assert gradgradcheck(ActivityRegularizer(reg, scale=2.0), (x, w))
 
 
-def test_weights_have_first_derivatives_only_and_no_transforms():
-    reg, x, w = ActivityRegularization(0.3), torch.ones(3, requires_grad=True), torch.ones(3)
-    with pytest.raises(NotImplementedError, match="no second derivatives; differentiate it with"):
-        torch.autograd.grad(reg.penalty(x, weights=w), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"weights and statistics .* outside of them"):
-        torch.func.grad(lambda x: reg.penalty(x, weights=w))(x.detach())
+@norms
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
+def test_derivatives_of_what_a_mask_keeps(norm, reduction):
+    reg = ActivityRegularization(0.3, norm, reduction=reduction)
+    mask = torch.tensor([[True, False], [True, True], [False, False]])
+    x = normal(3, 2, dtype=torch.float64).requires_grad_()
+    assert gradgradcheck(lambda x: reg.penalty(x, weights=mask), (x,), check_fwd_over_rev=True)
+    hessians = []
+    for values in (x.detach(), x.detach().where(mask, math.nan)):
+        at = values.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(reg.penalty(at, weights=mask), at, create_graph=True)
+        assert not gradient[~mask].any()
+        hessians += torch.autograd.grad(gradient[mask].square().sum(), at)
+    assert hessians[0].isfinite().all()
+    assert torch.equal(*hessians)
+
+
+def test_transforms_of_functions_take_weights():
+    func, reg = torch.func, ActivityRegularization(0.3, "l2")
+    x, w = normal(4, 3, 5).double(), normal(5, seed=1).double().abs() + 0.1
+
+    def expression(x, w):
+        return 0.3 * (w * x * x).sum().sqrt()
+
+    def penalty(x, w):
+        return reg.penalty(x, weights=w)
+
+    transforms = {
+        "vmap of grad": lambda f: func.vmap(func.grad(f, (0, 1)), (0, None)),
+        "vmap over weights": lambda f: lambda x, w: func.vmap(f, (None, 0))(x, w[:, None]),
+        "hessian": lambda f: func.hessian(f, (0, 1)),
+        "forward": lambda f: func.jacfwd(f, (0, 1)),
+    }
+    for name, transform in transforms.items():
+        found, expected = transform(penalty)(x, w), transform(expression)(x, w)
+        torch.testing.assert_close(found, expected, msg=lambda m, name=name: f"{name}: {m}")
+    with pytest.raises(NotImplementedError, match=r"statistics cannot be counted .* without stat"):
+        func.grad(lambda x: reg.penalty(x, statistics=ActivationStatistics()))(x)
 
 
 def test_weights_are_tensors_where_the_activations_are():
@@ -1484,7 +1557,152 @@ def test_tensors_are_counted():
     assert statistics.active.tolist() == [6, 0]
 
 
-def test_compiled_code_breaks_its_graph_at_weights():
-    reg, w = ActivityRegularization(0.3, "l2"), torch.tensor([1.0, 0.5, 0.0])
-    compiled = torch.compile(lambda x: reg.penalty(x + 1, weights=w), backend="eager")
-    assert compiled(torch.ones(3)) == reg.penalty(torch.full((3,), 2.0), weights=w)
+def weightings():
+    """Return weights that are learnt, given for each feature, and a mask of tokens."""
+    return {
+        "learnt": (normal(4, 5, seed=1).abs() + 0.1).requires_grad_(),
+        "features": normal(5, seed=1).abs(),
+        "mask": normal(4, 1, seed=1) > 0,
+    }
+
+
+@norms
+@dtypes
+def test_the_layer_adds_what_apply_adds_with_weights(norm, dtype):
+    reg = ActivityRegularization(0.1, norm, reduction="batch")
+    layer, incoming = ActivityRegularizer(reg, scale=3.0), normal(4, 5, dtype=dtype, seed=2)
+    for weights in weightings().values():
+        if weights.is_floating_point():
+            weights = weights.detach().to(dtype).requires_grad_(weights.requires_grad)
+        activations, expected = normal(4, 5, dtype=dtype).requires_grad_(), incoming.clone()
+        penalty = reg.apply(activations, expected, scale=3.0, weights=weights)
+        layer(activations, weights).backward(incoming)
+        assert bits(activations.grad) == bits(expected)
+        assert bits(layer.penalty) == bits(penalty)
+        if weights.requires_grad:
+            found, weights.grad = weights.grad, None
+            (3.0 * reg.penalty(activations, weights=weights)).backward()
+            torch.testing.assert_close(found, weights.grad)
+
+
+def test_weights_that_are_detached_have_no_gradient_of_the_layer():
+    layer, x = ActivityRegularizer(ActivityRegularization.l1(0.5)), torch.ones(2, 3)
+    w = torch.ones(3, requires_grad=True)
+    assert not layer(x, w.detach()).requires_grad
+    layer(x, w).sum().backward()
+    assert w.grad.tolist() == [1.0] * 3
+    layer.eval()
+    assert layer(x, w) is x
+    assert layer.penalty is None
+
+
+@norms
+@pytest.mark.parametrize("weights", weightings())
+def test_compiled_weights_give_the_bits_that_they_give_otherwise(compiled, norm, weights):
+    reg = ActivityRegularization(0.3, norm, reduction="batch")
+    layer = ActivityRegularizer(reg, scale=3.0)
+
+    def step(x, gradients, w):
+        loss = 2 * reg.penalty(x, weights=w) + layer(x * 1.0, w).square().sum()
+        return loss, reg.apply(x, gradients, weights=w), *reg.penalty_and_gradient(x, weights=w)
+
+    results = []
+    for function in (compiled(step), step):
+        x, gradients = normal(4, 5).requires_grad_(), torch.ones(4, 5)
+        w = weightings()[weights]
+        loss, *others = function(x, gradients, w)
+        loss.backward()
+        assert not any(each.requires_grad for each in others)
+        results.append([loss, *others, gradients, layer.penalty, x.grad, w.grad])
+    *found, by_weights = results[0]
+    *expected, expected_by_weights = results[1]
+    assert list(map(bits, found)) == list(map(bits, expected))
+    torch.testing.assert_close(by_weights, expected_by_weights)
+    assert compiled.graphs == 1
+    assert sorted(compiled.operators) == ["pass_through", *["penalty"] * 2, *["update"] * 2]
+
+
+def test_compiled_weights_of_any_length_and_their_errors(compiled):
+    reg = ActivityRegularization(0.3, "l2", reduction="mean")
+    function = compiled(lambda x, w: reg.penalty(x, weights=w))
+    for length in (4, 6, 9):
+        x, w = normal(length, 5), torch.ones(5, requires_grad=True)
+        function(x, w).backward()
+        found, w.grad = w.grad, None
+        reg.penalty(x, weights=w).backward()
+        torch.testing.assert_close(found, w.grad)
+    assert compiled.graphs == 2  # of the first length, and of any
+    gradients = torch.zeros(9, 5)
+    for weights, message in ((torch.ones(4), "weights have shape"), (-w, "weights have -1.0 at")):
+        with pytest.raises(ValueError, match=message):
+            function(x, weights)
+        with pytest.raises(ValueError, match=message):
+            compiled(lambda x, g, w: reg.apply(x, g, weights=w))(x, gradients, weights)
+    assert not gradients.any()
+
+
+class Weighted(torch.nn.Module):
+    """A model whose activations are weighed by the norms of a decoder, and by a mask."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = ActivityRegularizer(ActivityRegularization.l1(0.5), scale=2.0)
+        self.decoder = torch.nn.Linear(4, 3)
+
+    def forward(self, x, mask):
+        hidden = self.layer(x, self.decoder.weight.norm(dim=0))
+        return self.decoder(self.layer(hidden, weights=mask)).square().sum()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_keeps_its_weights(strict):
+    model, x, mask = Weighted(), normal(5, 4), normal(5, 1, seed=1) > 0
+    batch = {0: torch.export.Dim("batch", min=2)}
+    program = torch.export.export(model, (x, mask), dynamic_shapes=(batch, batch), strict=strict)
+    module, found = program.module(), []
+    for function in (module, model):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf, mask)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+        found.append([loss, gradient, leaf.grad, function.get_parameter("decoder.weight").grad])
+    torch.testing.assert_close(*found)
+    assert bits(found[0][1]) == bits(found[1][1])
+    assert module(normal(7, 4), torch.ones(7, 1, dtype=torch.bool)).isfinite()
+
+
+def test_symbolic_tracing_keeps_a_layer_with_weights_whole():
+    model, x, mask = Weighted(), normal(5, 4), normal(5, 1, seed=1) > 0
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node for node in traced.graph.nodes if node.target == "layer"]
+    assert [(node.op, len(node.args), list(node.kwargs)) for node in calls] == [
+        ("call_module", 1, ["weights"])
+    ] * 2
+    gradients = []
+    for function in (model, traced):
+        (gradient,) = torch.autograd.grad(function(x, mask), model.decoder.weight)
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+
+
+def test_compiled_code_counts_outside_of_its_graphs():
+    reg, statistics = ActivityRegularization(0.3), ActivationStatistics()
+
+    def count(x):
+        penalty = reg.penalty(x + 1, statistics=statistics)
+        return penalty + reg.apply(x * 2, torch.zeros_like(x), statistics=statistics)
+
+    torch._dynamo.reset()
+    assert torch.compile(count, backend="eager")(torch.ones(2, 3)) == count(torch.ones(2, 3))
+    assert statistics.elements == 24
+    torch._dynamo.reset()
+    for method in (
+        lambda x: reg.penalty(x, statistics=statistics),
+        lambda x: reg.apply(x, torch.zeros_like(x), statistics=statistics),
+    ):
+        whole = torch.compile(method, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="counted outside of graphs: leave"):
+            whole(torch.ones(2, 3))
+    assert statistics.elements == 24
+    torch._dynamo.reset()

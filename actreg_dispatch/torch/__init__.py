@@ -7,8 +7,8 @@ stream there. They look at tensors as an optimizer does: graphs are neither foll
 so ``reg.apply(activations, activations.grad)`` works on a leaf, and autograd is told of what was
 written. The one method that autograd can differentiate is ``reg.penalty``, which is
 :func:`penalty`; :class:`ActivityRegularizer` is a layer. These two, ``reg.apply`` and
-``reg.penalty_and_gradient`` can be compiled by ``torch.compile(fullgraph=True)``; the other methods
-break a graph.
+``reg.penalty_and_gradient`` can be compiled by ``torch.compile(fullgraph=True)``, with weights or
+without; the other methods, and statistics, break a graph.
 
 The penalty is a 0-d tensor of the compute dtype on the device of the activations. Gradients are
 tensors of the dtype, shape and device of the activations. bfloat16 takes ``ml_dtypes``, which gives
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.fx import Proxy
 
 from actreg_dispatch.layers import Penalties
 from actreg_dispatch.options import check_scale
@@ -40,12 +41,12 @@ from actreg_dispatch.torch.memory import (
     as_tensor,
     check_and_update,
     check_tensor,
-    given_for,
     pair,
     penalty_and_new_gradient,
     plain,
     stream_of,
     view,
+    weights_for,
 )
 
 __all__ = [
@@ -59,6 +60,9 @@ __all__ = [
 ]
 
 
+_untraced = torch.compiler.disable
+
+
 def _called(function: Any, operation: Any, *arguments: Any) -> Any:
     """Call ``function``, or, where that would be traced, what the graph is to hold instead."""
     if transformed():  # by torch.func, which the operators do not know: graphs break here
@@ -66,7 +70,16 @@ def _called(function: Any, operation: Any, *arguments: Any) -> Any:
     return (operation if torch.compiler.is_compiling() else function)(*arguments)
 
 
-_untraced = torch.compiler.disable
+def _counting(function: Any) -> Any:
+    """Return ``function``, which counts, so that graphs break at it; whole ones refuse it."""
+    reason = "statistics are counted outside of graphs: leave them out, or compile without them"
+    try:
+        return _untraced(function, reason=reason)
+    except TypeError:  # an older PyTorch, which is told no reason
+        return _untraced(function)
+
+
+_counted_penalty, _counted_update = _counting(weighted_penalty), _counting(check_and_update)
 
 
 # What the methods of ActivityRegularization call.
@@ -92,10 +105,11 @@ def penalty(
         Of a supported dtype (see the module), any shape and strides; may be empty.
     weights : torch.Tensor, optional
         As for :meth:`ActivityRegularization.penalty`, on the device of the activations. Floating
-        weights may require grad: their gradient is PyTorch's arithmetic in float64. An element of
-        weight 0 is left out, and its weight has the gradient 0.
+        weights may require grad. Their gradient is PyTorch's arithmetic in float64, that of the
+        formula where a weight is 0, too, except that an element which is left out gives 0 if it is
+        not finite, or is not when divided by the largest of the others.
     statistics : ActivationStatistics, optional
-        As for :meth:`ActivityRegularization.penalty`.
+        As for :meth:`ActivityRegularization.penalty`; not inside the transforms of ``torch.func``.
 
     Returns
     -------
@@ -121,11 +135,12 @@ def penalty(
     ``torch.func`` work. Derivatives beyond the gradient are PyTorch's arithmetic, so that their
     last bits are not promised, and ``vmap`` goes sample by sample.
 
-    ``torch.compile`` and ``torch.export`` put the penalty into their graphs as one operator. λ is
-    an input of compiled code, so that assigning it compiles nothing anew; an exported program keeps
-    that of its time. Such graphs hold the gradient, and no transforms of ``torch.func``, for which
-    ``torch.compile`` breaks them. It also breaks them where there are weights or statistics; with
-    these there are first derivatives only, and no transforms.
+    ``torch.compile`` and ``torch.export`` put the penalty into their graphs as one operator, with
+    weights or without. λ is an input of compiled code, so that assigning it compiles nothing anew;
+    an exported program keeps that of its time. Such graphs hold the gradient, and no transforms of
+    ``torch.func``, for which ``torch.compile`` breaks them. It also breaks them where there are
+    statistics, which a graph cannot count: with ``fullgraph=True``, or in ``torch.export``, they
+    are refused. Leave them out there, or count in a call that is not compiled.
 
     Examples
     --------
@@ -139,12 +154,35 @@ def penalty(
     check_regularization(reg)
     check_tensor("activations", activations)
     if not (weights is None is statistics):
-        return _untraced(weighted_penalty)(reg, activations, weights, statistics)
+        return _weighted(reg, activations, weights, statistics)
     if transformed():
         return _untraced(transformed_penalty)(reg, activations)
     if torch.compiler.is_compiling():
         return operators.penalty(reg, activations)
     return differentiable_penalty(reg, activations)
+
+
+def _weighted(
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    weights: torch.Tensor | None,
+    statistics: ActivationStatistics | None,
+) -> torch.Tensor:
+    """Do :func:`penalty` with weights or statistics."""
+    if weights is not None:
+        check_tensor("weights", weights)
+    if statistics is None:
+        if transformed():
+            return _untraced(transformed_penalty)(reg, activations, weights)
+        if torch.compiler.is_compiling():
+            return operators.penalty(reg, activations, weights)
+        return weighted_penalty(reg, activations, weights)
+    if transformed():
+        raise NotImplementedError(
+            "statistics cannot be counted inside transforms of torch.func; "
+            "call penalty outside of them, or without statistics"
+        )
+    return _counted_penalty(reg, activations, weights, statistics)
 
 
 @_untraced
@@ -153,9 +191,9 @@ def partial_sum(
 ) -> Total:
     """Do :meth:`ActivityRegularization.partial_sum`; waits for a device."""
     x = plain("activations", activations)
-    given = given_for(x, weights)
+    w = weights_for(x, weights)
     with stream_of(x):
-        return reg.partial_sum(view(x), **given)
+        return reg.partial_sum(view(x), weights=w)
 
 
 def apply(
@@ -167,14 +205,15 @@ def apply(
     weights: torch.Tensor | None = None,
     statistics: ActivationStatistics | None = None,
 ) -> torch.Tensor:
-    """Do :meth:`ActivityRegularization.apply`; the penalty does not require grad."""
-    if not (weights is None is statistics):
-        given = activations, gradients, scale, False, weights, statistics
-        return _untraced(check_and_update)(reg, *given)
-    found: torch.Tensor = _called(
-        check_and_update, operators.update, reg, activations, gradients, scale
+    """Do :meth:`ActivityRegularization.apply`; the penalty does not require grad.
+
+    ``torch.compile`` takes it into a graph unless there are statistics; see :func:`penalty`.
+    """
+    if statistics is not None:
+        return _counted_update(reg, activations, gradients, scale, False, weights, statistics)
+    return _called(
+        check_and_update, operators.update, reg, activations, gradients, scale, False, weights
     )
-    return found
 
 
 @_untraced
@@ -199,12 +238,11 @@ def apply_all(
             f"activations are on several devices ({', '.join(sorted(map(str, devices)))}); "
             f"call apply_all for each"
         )
-    given: dict[str, Any] = {} if statistics is None else {"statistics": statistics}
+    given: dict[Any, Any] | None = None
     if weights is not None:
-        given["weights"] = {
-            label: given_for(x, w)["weights"]
+        given = {
+            label: weights_for(x, w)
             for label, (x, _), w in zip(labels, pairs, weights, strict=True)
-            if w is not None
         }
     xs, gs = ([view(tensor) for tensor in tensors] for tensors in zip(*pairs, strict=True))
     with stream_of(pairs[0][0]):
@@ -212,7 +250,8 @@ def apply_all(
             dict(zip(labels, xs, strict=True)),
             dict(zip(labels, gs, strict=True)),
             scale=scale,
-            **given,
+            weights=given,
+            statistics=statistics,
         )
         values = [as_tensor(layers[label], x) for label, (x, _) in zip(labels, pairs, strict=True)]
         widest, _ = max(pairs, key=lambda pair: pair[0].dtype == torch.float64)
@@ -231,18 +270,18 @@ def penalty_and_gradient(
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do :meth:`ActivityRegularization.penalty_and_gradient`; neither result requires grad."""
-    if weights is not None:
-        if out is None:
-            create = _untraced(penalty_and_new_gradient)
-            return create(reg, activations, scale, weights)  # type: ignore[no-any-return]
-        return _untraced(check_and_update)(reg, activations, out, scale, True, weights), out
-    if out is None:
-        found: tuple[torch.Tensor, torch.Tensor] = _called(
-            penalty_and_new_gradient, operators.penalty_and_new_gradient, reg, activations, scale
-        )
-        return found
-    value = _called(check_and_update, operators.update, reg, activations, out, scale, True)
-    return value, out
+    if out is not None:
+        given = reg, activations, out, scale, True, weights
+        return _called(check_and_update, operators.update, *given), out
+    found: tuple[torch.Tensor, torch.Tensor] = _called(
+        penalty_and_new_gradient,
+        operators.penalty_and_new_gradient,
+        reg,
+        activations,
+        scale,
+        weights,
+    )
+    return found
 
 
 @_untraced
@@ -258,9 +297,9 @@ def add_gradient(
 ) -> None:
     """Do :meth:`ActivityRegularization.add_gradient`."""
     x, g = pair(activations, gradients)
-    given = given_for(x, weights)
+    w = weights_for(x, weights)
     with stream_of(x):
-        reg.add_gradient(view(x), view(g), total, count=count, scale=scale, **given)
+        reg.add_gradient(view(x), view(g), total, count=count, scale=scale, weights=w)
     torch.autograd.graph.increment_version(g)
 
 
@@ -292,6 +331,10 @@ class ActivityRegularizer(torch.nn.Module):
     The gradient is added to what comes back, so nothing is where the loss does not depend on the
     output. A layer that is called several times adds the gradient of each call; ``penalty`` is the
     last one's.
+
+    Weights go with the activations, ``layer(activations, weights)``: a mask of padding, or the
+    norms of a decoder's columns. If they require grad, backward adds to their gradient, too, as if
+    the penalty were in the loss; pass ``weights.detach()`` where it should not.
 
     λ and ``scale`` are settings and not part of ``state_dict``. Copies and pickles keep them. In
     compiled code they are inputs, and in an exported program what they were at the time; there, no
@@ -327,36 +370,48 @@ class ActivityRegularizer(torch.nn.Module):
         # for graphs, as λ has one; of an array without axes, PyTorch makes a number, to compile in
         self._scale_array = np.array([self._scale])
 
-    def forward(self, activations: torch.Tensor) -> torch.Tensor:
-        """Return ``activations``, in training mode so that backward adds the gradient."""
-        if isinstance(activations, torch.fx.Proxy):  # symbolic_trace: the layer is one node
+    def forward(
+        self, activations: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return ``activations``, in training mode so that backward adds the gradient.
+
+        ``weights`` are those of :func:`penalty`.
+        """
+        if isinstance(activations, Proxy):  # symbolic_trace: the layer is one node
+            options = {} if weights is None else {"weights": weights}
             tracer = activations.tracer
             return tracer.create_proxy(
-                "call_module", tracer.path_of_module(self), (activations,), {}
+                "call_module", tracer.path_of_module(self), (activations,), options
             )
         check_tensor("activations", activations)
-        found: torch.Tensor = _called(_regularized, _regularized_in_a_graph, self, activations)
-        return found
+        if weights is not None:
+            check_tensor("weights", weights)
+        return _called(_regularized, _regularized_in_a_graph, self, activations, weights)
 
     def extra_repr(self) -> str:
         """Return what stands between the parentheses of ``repr``."""
         return repr(self.reg) if self._scale == 1.0 else f"{self.reg!r}, scale={self._scale!r}"
 
 
-def _regularized(layer: ActivityRegularizer, activations: torch.Tensor) -> torch.Tensor:
+def _regularized(
+    layer: ActivityRegularizer, activations: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
     layer.penalty = None
     if not layer.training:
         return activations
     if not transformed():
-        layer.penalty = penalty_value(layer.reg, activations)
-    return pass_through(layer.reg, layer._scale, activations)
+        layer.penalty = penalty_value(layer.reg, activations, weights)
+    return pass_through(layer.reg, layer._scale, activations, weights)
 
 
-def _regularized_in_a_graph(layer: ActivityRegularizer, activations: torch.Tensor) -> torch.Tensor:
+def _regularized_in_a_graph(
+    layer: ActivityRegularizer, activations: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor:
     training = layer.training
     if not operators.is_exporting():  # which refuses a module that changes
-        layer.penalty = operators.penalty(layer.reg, activations.detach()) if training else None
+        tensors = [None if each is None else each.detach() for each in (activations, weights)]
+        layer.penalty = operators.penalty(layer.reg, *tensors) if training else None
     if not training:
         return activations
     scale = operators.as_input((layer._scale,), layer._scale_array)
-    return operators.pass_through(layer.reg, scale, activations)
+    return operators.pass_through(layer.reg, scale, activations, weights)

@@ -15,6 +15,7 @@ from actreg_dispatch.errors import MixedArraysError
 from actreg_dispatch.registry import array_type_of, usable
 from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.runtime.huge_pages import FROM_BYTES, ask_for_huge_pages
+from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.torch.internals import is_wrapped, plain_class
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "check_and_update",
     "check_tensor",
     "compute_dtype_of",
-    "given_for",
     "new_like",
     "pair",
     "penalty_and_new_gradient",
@@ -31,6 +31,7 @@ __all__ = [
     "stream_of",
     "update",
     "view",
+    "weights_for",
 ]
 
 DTYPES: dict[Any, np.dtype[Any]] = {
@@ -50,17 +51,18 @@ def update(
     g: torch.Tensor,
     scale: float,
     overwrite: bool = False,
-    **given: Any,
+    weights: Any = None,
+    statistics: ActivationStatistics | None = None,
 ) -> torch.Tensor:
     """Do ``reg.apply``, or write the gradient over ``g``, for plain tensors; tell autograd.
 
-    What is ``given`` goes to the method as it is: weights, an array, and statistics.
+    Weights are an array, or None; where gradients are overwritten, nothing is counted.
     """
     with stream_of(x):
         if overwrite:
-            found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale, **given)
+            found, _ = reg.penalty_and_gradient(view(x), view(g), scale=scale, weights=weights)
         else:
-            found = reg.apply(view(x), view(g), scale=scale, **given)
+            found = reg.apply(view(x), view(g), scale=scale, weights=weights, statistics=statistics)
         value = as_tensor(found, x)
     torch.autograd.graph.increment_version(g)
     return value
@@ -73,11 +75,11 @@ def check_and_update(
     scale: float,
     overwrite: bool = False,
     weights: Any = None,
-    statistics: Any = None,
+    statistics: ActivationStatistics | None = None,
 ) -> torch.Tensor:
     """Do :func:`update` for tensors of any kind, or raise."""
     x, g = pair(activations, gradients, "out" if overwrite else "gradients")
-    return update(reg, x, g, scale, overwrite, **given_for(x, weights, statistics))
+    return update(reg, x, g, scale, overwrite, weights_for(x, weights), statistics)
 
 
 def penalty_and_new_gradient(
@@ -85,23 +87,22 @@ def penalty_and_new_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return both for a tensor of any kind, or raise."""
     x = plain("activations", activations)
-    given = given_for(x, weights)
+    w = weights_for(x, weights)
     gradient = new_like(x).zero_()
-    return update(reg, x, gradient, scale, **given), gradient
+    return update(reg, x, gradient, scale, weights=w), gradient
 
 
-def given_for(x: torch.Tensor, weights: Any, statistics: Any = None) -> dict[str, Any]:
-    """Return weights, as an array, and statistics, if there are any, as arguments."""
-    given = {} if statistics is None else {"statistics": statistics}
-    if weights is not None:
-        w = plain("weights", weights, masks=True)
-        if w.device != x.device:
-            raise ValueError(
-                f"weights are on {w.device} but activations on {x.device}; "
-                f"move one of them, no data is moved unasked"
-            )
-        given["weights"] = view(w)
-    return given
+def weights_for(x: torch.Tensor, weights: Any) -> Any:
+    """Return weights of the plain tensor ``x`` as an array; None if there are none."""
+    if weights is None:
+        return None
+    w = plain("weights", weights, masks=True)
+    if w.device != x.device:
+        raise ValueError(
+            f"weights are on {w.device} but activations on {x.device}; "
+            f"move one of them, no data is moved unasked"
+        )
+    return view(w)
 
 
 def check_tensor(name: str, tensor: Any) -> None:

@@ -17,7 +17,8 @@ import torch
 from actreg_dispatch.norms import named_norm
 from actreg_dispatch.options import Options
 from actreg_dispatch.regularization import ActivityRegularization
-from actreg_dispatch.torch.autograd import new_gradient, penalty_value, pull_back_of_gradient
+from actreg_dispatch.torch.autograd import new_gradient, penalty_value
+from actreg_dispatch.torch.derivatives import pull_back_of_gradient, weights_gradient
 from actreg_dispatch.torch.memory import check_and_update, check_tensor, compute_dtype_of
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
 # What is called in their place.
 
 
-def penalty(reg: ActivityRegularization, activations: torch.Tensor) -> torch.Tensor:
+def penalty(
+    reg: ActivityRegularization, activations: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the penalty, differentiably."""
-    found: torch.Tensor = _OPERATORS.penalty(activations, *_described(reg))
+    found: torch.Tensor = _OPERATORS.penalty(activations, *_others(reg, weights))
     return found
 
 
@@ -45,35 +48,47 @@ def update(
     gradients: torch.Tensor,
     scale: float,
     overwrite: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do :func:`actreg_dispatch.torch.memory.check_and_update`."""
     check_tensor("out" if overwrite else "gradients", gradients)
+    if weights is not None:
+        check_tensor("weights", weights)
+        weights = weights.detach()
     tensors = activations.detach(), gradients.detach()
-    found: torch.Tensor = _OPERATORS.update(*tensors, scale, overwrite, *_described(reg))
+    found: torch.Tensor = _OPERATORS.update(*tensors, scale, overwrite, *_others(reg, weights))
     return found
 
 
 def penalty_and_new_gradient(
-    reg: ActivityRegularization, activations: torch.Tensor, scale: float
+    reg: ActivityRegularization,
+    activations: torch.Tensor,
+    scale: float,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the penalty and its gradient, without a graph of autograd."""
     gradient = torch.zeros_like(activations.detach())
-    return update(reg, activations, gradient, scale), gradient
+    return update(reg, activations, gradient, scale, weights=weights), gradient
 
 
 def pass_through(
-    reg: ActivityRegularization, scale: torch.Tensor, activations: torch.Tensor
+    reg: ActivityRegularization,
+    scale: torch.Tensor,
+    activations: torch.Tensor,
+    weights: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the activations; what comes back through them grows by the gradient."""
-    found: torch.Tensor = _OPERATORS.pass_through(activations, scale.reshape(()), *_described(reg))
+    found: torch.Tensor = _OPERATORS.pass_through(
+        activations, scale.reshape(()), *_others(reg, weights)
+    )
     return found
 
 
-def _described(reg: ActivityRegularization) -> tuple[Any, ...]:
-    """Return a regularization as the last arguments of operators."""
+def _others(reg: ActivityRegularization, weights: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return a regularization and weights as the last arguments of operators."""
     lam, norm, epsilon, reduction, backend = reg.options
     array = as_input(lam, reg._dispatcher.lam_array)
-    return array, norm.name, epsilon, reduction, backend
+    return array, norm.name, epsilon, reduction, backend, weights
 
 
 def as_input(value: tuple[float, ...], array: np.ndarray) -> torch.Tensor:
@@ -107,30 +122,32 @@ def _regularization_of(
 
 _LIBRARY = torch.library.Library("actreg_dispatch", "DEF")
 _OPERATORS = torch.ops.actreg_dispatch
-_DESCRIPTION = "Tensor lam, str norm, float? epsilon, str reduction, str? backend"
+_OTHERS = "Tensor lam, str norm, float? epsilon, str reduction, str? backend, Tensor? weights"
 
-_LIBRARY.define(f"penalty(Tensor activations, {_DESCRIPTION}) -> Tensor")
+_LIBRARY.define(f"penalty(Tensor activations, {_OTHERS}) -> Tensor")
 _LIBRARY.define(
-    f"gradient(Tensor activations, Tensor scale, Tensor? gradients, {_DESCRIPTION}) -> Tensor"
+    f"gradient(Tensor activations, Tensor scale, Tensor? gradients, {_OTHERS}) -> Tensor"
 )
 _LIBRARY.define(
-    f"update(Tensor activations, Tensor(a!) gradients, float scale, bool overwrite, {_DESCRIPTION})"
+    f"update(Tensor activations, Tensor(a!) gradients, float scale, bool overwrite, {_OTHERS})"
     f" -> Tensor"
 )
-_LIBRARY.define(f"pass_through(Tensor(a) activations, Tensor scale, {_DESCRIPTION}) -> Tensor(a)")
+_LIBRARY.define(f"pass_through(Tensor(a) activations, Tensor scale, {_OTHERS}) -> Tensor(a)")
 
 
-def _penalty(activations: torch.Tensor, *described: Any) -> torch.Tensor:
-    return penalty_value(_regularization(*described), activations)
+def _penalty(activations: torch.Tensor, *others: Any) -> torch.Tensor:
+    *options, weights = others
+    return penalty_value(_regularization(*options), activations, weights)
 
 
 def _gradient(
     activations: torch.Tensor,
     scale: torch.Tensor,
     gradients: torch.Tensor | None,
-    *described: Any,
+    *others: Any,
 ) -> torch.Tensor:
-    return new_gradient(_regularization(*described), activations, scale, gradients)
+    *options, weights = others
+    return new_gradient(_regularization(*options), activations, scale, gradients, weights)
 
 
 def _update(
@@ -138,10 +155,11 @@ def _update(
     gradients: torch.Tensor,
     scale: float,
     overwrite: bool,
-    *described: Any,
+    *others: Any,
 ) -> torch.Tensor:
-    reg = _regularization(*described)
-    return check_and_update(reg, activations, gradients, scale, overwrite)
+    *options, weights = others
+    reg = _regularization(*options)
+    return check_and_update(reg, activations, gradients, scale, overwrite, weights)
 
 
 def _number_like(activations: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -164,26 +182,38 @@ for _name, _function, _result in (
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    activations, lam, *ctx.options = inputs
-    ctx.save_for_backward(activations, lam)
+    activations, lam, *ctx.options, weights = inputs
+    ctx.save_for_backward(activations, lam, weights)
 
 
 def _backward(ctx: Any, incoming: torch.Tensor) -> Any:
-    activations, lam = ctx.saved_tensors
-    gradient = _OPERATORS.gradient(activations, incoming, None, lam, *ctx.options)
-    return gradient, None, *(None for _ in ctx.options)
+    activations, lam, weights = ctx.saved_tensors
+    gradient = along_weights = None
+    if ctx.needs_input_grad[0]:
+        gradient = _OPERATORS.gradient(activations, incoming, None, lam, *ctx.options, weights)
+    if ctx.needs_input_grad[-1]:
+        options = _traced_options(lam, *ctx.options)
+        along_weights = weights_gradient(options, activations, weights, incoming)
+    return gradient, None, *(None for _ in ctx.options), along_weights
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    activations, scale, gradients, lam, *ctx.options = inputs
+    activations, scale, gradients, lam, *ctx.options, weights = inputs
     ctx.adds = gradients is not None
-    ctx.save_for_backward(activations, scale, lam)
+    ctx.save_for_backward(activations, scale, weights, lam)
 
 
 def _backward_of_gradient(ctx: Any, incoming: torch.Tensor) -> Any:
     *at, lam = ctx.saved_tensors
-    found = pull_back_of_gradient(_regularization(lam, *ctx.options), at, incoming)
-    return *found, incoming if ctx.adds else None, None, *(None for _ in ctx.options)
+    options = _regularization(lam, *ctx.options).options
+    *found, by_weights = pull_back_of_gradient(options, incoming, *at)
+    added = incoming if ctx.adds else None
+    return *found, added, None, *(None for _ in ctx.options), by_weights
+
+
+def _traced_options(lam: torch.Tensor, norm: str, *options: Any) -> Options:
+    """Return options whose λ are tensors, as in a graph they have no values yet."""
+    return Options(lam.unbind(), named_norm(norm), *options)
 
 
 torch.library.register_autograd(
@@ -204,15 +234,19 @@ class _PassThrough(torch.autograd.Function):
     def forward(
         ctx: Any, activations: torch.Tensor, scale: torch.Tensor, lam: torch.Tensor, *options: Any
     ) -> torch.Tensor:
-        ctx.options = options
-        ctx.save_for_backward(activations, scale, lam)
+        *ctx.options, weights = options
+        ctx.save_for_backward(activations, scale, lam, weights)
         return activations.view_as(activations)
 
     @staticmethod
     def backward(ctx: Any, incoming: torch.Tensor) -> Any:
-        activations, scale, lam = ctx.saved_tensors
-        gradient = _OPERATORS.gradient(activations, scale, incoming, lam, *ctx.options)
-        return gradient, None, None, *(None for _ in ctx.options)
+        activations, scale, lam, weights = ctx.saved_tensors
+        along_weights = None
+        if ctx.needs_input_grad[-1]:
+            options = _traced_options(lam, *ctx.options)
+            along_weights = weights_gradient(options, activations, weights, scale)
+        gradient = _OPERATORS.gradient(activations, scale, incoming, lam, *ctx.options, weights)
+        return gradient, None, None, *(None for _ in ctx.options), along_weights
 
 
 _LIBRARY.impl("pass_through", _PassThrough.apply, "CompositeImplicitAutograd")
