@@ -369,3 +369,47 @@ def test_files_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"is a norm of rows.*use Dask"):
         files.penalty(ActivityRegularization.l2(0.1, axis=-1), tmp_path / "x.npy")
+
+
+REDUCTIONS = ("sum", (0, 1), "batch")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_pytorch_compiles_and_exports_norms_of_rows(reduction):
+    torch = pytest.importorskip("torch")
+    x = torch.from_numpy(random((4, 5), np.float32)) + 0.5
+    w = torch.from_numpy(np.abs(random((5,), np.float32, seed=1)))
+    reg = ActivityRegularization.l2(0.3, axis=-1, reduction=reduction)
+
+    def step(x, g):
+        return reg.penalty(x, weights=w), reg.apply(x, g)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        y, g = x.clone().requires_grad_(), torch.ones_like(x)
+        penalty, applied = function(y, g)
+        penalty.backward()
+        results.append([each.numpy().tobytes() for each in (penalty.detach(), applied, y.grad, g)])
+    torch._dynamo.reset()
+    assert results[0] == results[1]
+
+
+def test_pytorch_differentiates_norms_of_rows_further():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = torch.tensor(rng.normal(size=(3, 4)) + 2.0, requires_grad=True)
+    w = torch.tensor(rng.uniform(0.5, 2.0, (4,)), requires_grad=True)
+    reg = ActivityRegularization.l2(0.3, axis=-1)
+    for function, inputs in ((reg.penalty, (x,)), (lambda x, w: reg.penalty(x, weights=w), (x, w))):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+    scales, v = np.array([[1.0], [1e-200], [1e200]]), np.array([1.0, 2.0, 0.0, 0.0])
+    far = (x.detach() * torch.from_numpy(scales)).requires_grad_()
+    reg = ActivityRegularization.l2(0.3, axis=-1, epsilon=0.0)
+    (gradient,) = torch.autograd.grad(reg.penalty(far), far, create_graph=True)
+    (second,) = torch.autograd.grad((gradient * torch.from_numpy(v)).sum(), far)
+    sizes = np.linalg.norm(x.detach().numpy(), axis=1, keepdims=True)
+    unit = x.detach().numpy() / sizes
+    expected = 0.3 * (v - unit * (unit @ v)[:, None]) / sizes / scales
+    np.testing.assert_allclose(second.numpy(), expected, rtol=1e-12)

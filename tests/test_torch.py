@@ -959,14 +959,15 @@ def samples():
     """Return arguments of every operator."""
     x, one = normal(3, 4), torch.tensor(2.0, dtype=torch.float64)
     leaf, lam = x.clone().requires_grad_(), torch.tensor([0.3], dtype=torch.float64)
-    options = lam, "l2", None, "sum", None
+    options = lam, "l2", None, None, "sum", None
     w, mask = x[0].abs().requires_grad_(), x > 0
     return {
         "penalty": [
             (leaf, *options, None),
             (x.T.bfloat16(), *options, None),
-            (leaf, lam, "l1", None, "mean", "numpy", None),
-            (leaf, lam, "hoyer", None, "batch", None, w),
+            (leaf, lam, "l1", None, None, "mean", "numpy", None),
+            (leaf, lam, "hoyer", None, None, "batch", None, w),
+            (leaf, lam, "l2", [-1], 0.0, "0 1", None, w),
             (leaf, *options, mask),
         ],
         "gradient": [

@@ -45,7 +45,7 @@ def weights_gradient(
     if epsilon is None:
         epsilon = torch.finfo(compute_dtype_of(activations)).eps
     w = weights.double()
-    x, unit = _in_range(activations.double(), w)
+    x, unit = _in_range(options, activations.double(), w)
     lam = tuple(each * factor for each in options.lam)
     each = weights_gradient_expression(options.norm, x, unit, lam, epsilon, torch.where, w)
     return each.sum_to_size(weights.shape).to(weights.dtype)
@@ -101,18 +101,20 @@ def _gradient(
     if weights is not None and weights.dtype == torch.bool:
         factor = factor * (count / _kept_of(options, weights.expand(x.shape))).to(x)
     w = None if weights is None else weights.to(x)
-    x, unit = _in_range(x, w)
+    x, unit = _in_range(options, x, w)
     lams = tuple(each * factor for each in lam)
     added = gradient_expression(options.norm, x, unit, lams, epsilon, torch.where, w)
     return added.to(activations.dtype)
 
 
-def _in_range(x: torch.Tensor, w: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _in_range(
+    options: Options, x: torch.Tensor, w: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return x, and the unit for expressions, of which what is left out is a finite multiple."""
     size = x.detach().abs()
     if w is not None:
         size = torch.where(w != 0, size, 0.0)
-    largest = size.max()
+    largest = size.amax(options.norm.axis or (), keepdim=True)
     usual = (largest >= torch.finfo(x.dtype).tiny) & largest.isfinite()
     unit = torch.where(usual, largest, 1.0)
     if w is not None:

@@ -9,14 +9,16 @@ as inputs: a number would be compiled in, and every step of a warm-up would comp
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from actreg_dispatch.norms import named_norm
-from actreg_dispatch.options import Options
+from actreg_dispatch.options import REDUCTIONS, Options, Reduction
 from actreg_dispatch.regularization import ActivityRegularization
+from actreg_dispatch.row_norms import row_norm
 from actreg_dispatch.torch.autograd import new_gradient, penalty_value
 from actreg_dispatch.torch.derivatives import pull_back_of_gradient, weights_gradient
 from actreg_dispatch.torch.memory import check_and_update, check_tensor, compute_dtype_of
@@ -88,7 +90,9 @@ def _others(reg: ActivityRegularization, weights: torch.Tensor | None) -> tuple[
     """Return a regularization and weights as the last arguments of operators."""
     lam, norm, epsilon, reduction, backend = reg.options
     array = as_input(lam, reg._dispatcher.lam_array)
-    return array, norm.name, epsilon, reduction, backend, weights
+    if not isinstance(reduction, str):
+        reduction = " ".join(map(str, reduction))
+    return array, norm.name, norm.axis, epsilon, reduction, backend, weights
 
 
 def as_input(value: tuple[float, ...], array: np.ndarray) -> torch.Tensor:
@@ -106,15 +110,28 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # since P
 
 def _regularization(lam: torch.Tensor, *options: Any) -> ActivityRegularization:
     """Return the regularization that was described, at the time of the call."""
-    return _regularization_of(tuple(lam.tolist()), *options)
+    return _regularization_of(_options(tuple(lam.tolist()), *options))
 
 
-@functools.lru_cache
-def _regularization_of(
-    lam: tuple[float, ...], norm: str, epsilon: float | None, reduction: str, backend: str | None
-) -> ActivityRegularization:
-    options = Options(lam, named_norm(norm), epsilon, reduction, backend)
-    return ActivityRegularization.from_options(options)
+_regularization_of = functools.lru_cache(ActivityRegularization.from_options)
+
+
+def _options(
+    lam: tuple[Any, ...],
+    name: str,
+    axis: Sequence[int] | None,
+    epsilon: float | None,
+    reduction: str,
+    backend: str | None,
+) -> Options:
+    """Return the options that were described; λ may be tensors, which in a graph have no values."""
+    norm = named_norm(name)
+    if axis is not None:
+        norm = row_norm(norm, tuple(axis))
+    divided: Reduction = reduction
+    if reduction not in REDUCTIONS:
+        divided = tuple(map(int, reduction.split()))
+    return Options(lam, norm, epsilon, divided, backend)
 
 
 # The operators, their results' shapes, and their derivatives. A result shares no memory with an
@@ -122,7 +139,10 @@ def _regularization_of(
 
 _LIBRARY = torch.library.Library("actreg_dispatch", "DEF")
 _OPERATORS = torch.ops.actreg_dispatch
-_OTHERS = "Tensor lam, str norm, float? epsilon, str reduction, str? backend, Tensor? weights"
+_OTHERS = (
+    "Tensor lam, str norm, int[]? axis, float? epsilon, str reduction, str? backend, "
+    "Tensor? weights"
+)
 
 _LIBRARY.define(f"penalty(Tensor activations, {_OTHERS}) -> Tensor")
 _LIBRARY.define(
@@ -192,7 +212,7 @@ def _backward(ctx: Any, incoming: torch.Tensor) -> Any:
     if ctx.needs_input_grad[0]:
         gradient = _OPERATORS.gradient(activations, incoming, None, lam, *ctx.options, weights)
     if ctx.needs_input_grad[-1]:
-        options = _traced_options(lam, *ctx.options)
+        options = _options(lam.unbind(), *ctx.options)
         along_weights = weights_gradient(options, activations, weights, incoming)
     return gradient, None, *(None for _ in ctx.options), along_weights
 
@@ -209,11 +229,6 @@ def _backward_of_gradient(ctx: Any, incoming: torch.Tensor) -> Any:
     *found, by_weights = pull_back_of_gradient(options, incoming, *at)
     added = incoming if ctx.adds else None
     return *found, added, None, *(None for _ in ctx.options), by_weights
-
-
-def _traced_options(lam: torch.Tensor, norm: str, *options: Any) -> Options:
-    """Return options whose λ are tensors, as in a graph they have no values yet."""
-    return Options(lam.unbind(), named_norm(norm), *options)
 
 
 torch.library.register_autograd(
@@ -243,7 +258,7 @@ class _PassThrough(torch.autograd.Function):
         activations, scale, lam, weights = ctx.saved_tensors
         along_weights = None
         if ctx.needs_input_grad[-1]:
-            options = _traced_options(lam, *ctx.options)
+            options = _options(lam.unbind(), *ctx.options)
             along_weights = weights_gradient(options, activations, weights, scale)
         gradient = _OPERATORS.gradient(activations, scale, incoming, lam, *ctx.options, weights)
         return gradient, None, None, *(None for _ in ctx.options), along_weights

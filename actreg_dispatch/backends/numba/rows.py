@@ -89,7 +89,7 @@ def _with_one_weight(x, w, j):  # type: ignore[no-untyped-def]
     return widen(x[j]), w
 
 
-def _part_of(w, start, end):  # type: ignore[no-untyped-def]
+def _part_of(w: Any, start: int, end: int) -> Any:
     """Return the weights from ``start`` to ``end``; one weight is that of any part."""
 
 
