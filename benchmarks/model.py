@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 WARP = 32  # threads
 ISSUE_SLOTS = 4 * WARP  # of a multiprocessor: each of 4 schedulers issues for a warp a clock
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 OUR_SIZES = (1 << 20, 1 << 21)  # the same grid; whole batches of 32 elements a thread, and 64
 CUPY_SIZES = (1 << 18, 1 << 19)  # where each element costs the same already
 OPERATIONS = ("penalty", "apply")
@@ -309,7 +309,7 @@ def _ratio(record: Record, gpu: GPU) -> float:
 
 
 def summary(results: Record) -> str:
-    """Return the tables of docs/gpu.md."""
+    """Return the tables of docs/performance.md."""
     ours, cupy = (f"{few:,} and {many:,}" for few, many in (OUR_SIZES, CUPY_SIZES))
     heads = ["binary64", "instructions", "bytes", "launches", *(gpu.name for gpu in GPUS)]
     lines = [
@@ -405,7 +405,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         const=PAGE,
         metavar="FILE",
-        help="put the tables in this Markdown (docs/gpu.md if none is named)",
+        help="put the tables in this Markdown (docs/performance.md if none is named)",
     )
     return parser
 

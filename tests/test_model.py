@@ -88,7 +88,7 @@ def test_the_limit_is_what_every_implementation_moves(norm):
 def test_the_page_shows_the_counts_that_are_kept():
     results = json.loads(KEPT.read_text(encoding="utf-8"))
     begin, end = report.MARKS["model"]
-    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert f"{begin}\n{model.summary(results)}\n{end}\n" in page
 
 

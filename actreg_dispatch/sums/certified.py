@@ -25,7 +25,7 @@ anything: together less than N·2⁻¹⁰³.
   binary32 times |x| is exact, too; times x² it is off by at most u, as by one more addition.
 * *Anchored tiles*, for float64, hold at most ``ANCHORED_TERMS`` = 2¹⁰ terms. Let the largest of
   the rounded terms p lie in [2ᵉ, 2ᵉ⁺¹) and the anchor be M = 2ᵉ⁺¹⁰. Then ``h = (p + M) − M`` is p
-  rounded to a multiple of ulp(M) = 2ᵉ⁻⁴², and ``p − h`` is exact (Dekker's FastTwoSum, as M > p).
+  rounded to a multiple of ulp(M) = 2ᵉ⁻⁴², and ``p − h`` is exact (FastTwoSum [1]_, as M > p).
   The sum of the h is a multiple of 2ᵉ⁻⁴² that never exceeds 2ᵉ⁺¹¹, so it needs at most 53 bits and
   is exact in any tree. What a fused multiply-add tells of the rounding of a square is added to
   p − h, which leaves remainders of at most 2ᵉ⁻⁴³·(1 + 2⁻⁸). Their own rounding costs less than
@@ -47,7 +47,7 @@ is 2⁻⁷⁵ + N·2⁻¹⁰². An infinite sum decides nothing, and is done aga
 
 Which of several NaN survives, its sign and its payload, is left open, as IEEE 754 leaves it.
 
-:func:`two_sum`, :func:`merge_pairs`, :func:`certified_one` and :func:`certified_two` are plain
+:func:`two_sum` [2]_, :func:`merge_pairs`, :func:`certified_one` and :func:`certified_two` are plain
 Python on plain numbers. The Numba backend compiles these same functions, so the arithmetic is
 written down once.
 
