@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="put the tables in this Markdown"
     )
+    parser.add_argument(
+        "--brief", type=Path, metavar="FILE", help="put a small table in this Markdown (cpu)"
+    )
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="show a former run")
     return parser
 
@@ -123,8 +126,10 @@ def _size(text: str) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     if options.device == "cuda":
-        if options.threads or options.first_calls:
-            return _fail("--threads and --first-calls are for --device cpu; leave them out")
+        if options.threads or options.first_calls or options.brief:
+            return _fail(
+                "--threads, --first-calls and --brief are for --device cpu; leave them out"
+            )
         if options.from_json is None:
             usable("cupy", "--device cuda")
     try:

@@ -35,6 +35,8 @@ def main(options: argparse.Namespace) -> int:
     console = Console()
     if options.readme is not None:
         report.split_readme(options.readme, options.device)  # or it is told before the work
+    if options.brief is not None:
+        report.split_readme(options.brief, "brief", "--brief")
     if options.from_json is not None:
         results = report.load(options.from_json)
     else:
@@ -46,6 +48,8 @@ def main(options: argparse.Namespace) -> int:
         report.draw(results, options.png)
     if options.readme is not None:
         report.update_readme(results, options.readme, options.device)
+    if options.brief is not None:
+        report.write_between(options.brief, "brief", report.brief(results), "--brief")
     wrong = [r for r in results["records"] if r["kind"] == "ours" and not r["agrees"]]
     return 1 if wrong else 0
 

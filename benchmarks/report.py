@@ -14,6 +14,7 @@ from benchmarks.contenders import FAST
 
 __all__ = [
     "BadFileError",
+    "brief",
     "draw",
     "load",
     "print_table",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 MARKS = {
+    "brief": ("<!-- benchmarks brief: begin -->", "<!-- benchmarks brief: end -->"),
     "cpu": ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"),
     "cuda": ("<!-- benchmarks cuda: begin -->", "<!-- benchmarks cuda: end -->"),
     "model": ("<!-- benchmarks model: begin -->", "<!-- benchmarks model: end -->"),
@@ -196,6 +198,31 @@ def summary(results: dict[str, Any]) -> str:
             f"From 100,000 elements up, time grows as elementsᵖ with p between {min(found):.2f} "
             f"and {max(found):.2f} (least squares, a fit for each of {len(found)} series).",
         ]
+    return "\n".join(lines)
+
+
+def brief(results: dict[str, Any]) -> str:
+    """Return the table of the README: times, and how many times that the fastest peer took."""
+    found = {
+        (r["operation"], r["norm"], r["dtype"], r["size"]): r
+        for r in results["records"]
+        if r["contender"] in FAST and r["layout"] == "contiguous" and r["ratio_to_best_peer"]
+    }
+    sizes = 1000, 100_000, 1_000_000, 20_000_000
+    lines = [
+        f"| elements | {' | '.join(f'{size:,}' for size in sizes)} |",
+        f"| --- {'| ---: ' * len(sizes)}|",
+    ]
+    for dtype in ("float32", "float64"):
+        for operation, norm in (("apply", "l1"), ("penalty", "l1"), ("apply", "l2")):
+            records = [found.get((operation, norm, dtype, size)) for size in sizes]
+            cells = [
+                f"{_seconds(each['seconds'])}, {1 / each['ratio_to_best_peer']:.1f} ×"
+                if each
+                else ""
+                for each in records
+            ]
+            lines.append(f"| `{operation}` {norm}, {dtype} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -83,6 +83,39 @@ def test_the_page_of_the_project_shows_the_results_that_are_kept():
     assert f"{begin}\n{report.summary(results)}\n{end}\n" in text
 
 
+def test_the_readme_of_the_project_shows_some_of_them():
+    results = report.load(ROOT / "benchmarks" / "results.json")
+    (begin, end), text = report.MARKS["brief"], (ROOT / "README.md").read_text(encoding="utf-8")
+    table = report.brief(results)
+    assert f"{begin}\n{table}\n{end}\n" in text
+    lines = table.splitlines()
+    assert len(lines) == 2 + 6
+    assert all(
+        re.fullmatch(r"\| `\w+` \w+, \w+( \| [\d.]+ [mµn]?s, [\d.]+ ×){4} \|", line)
+        for line in lines[2:]
+    )
+    (record,) = (
+        record
+        for record in results["records"]
+        if (record["operation"], record["norm"], record["dtype"], record["size"])
+        == ("apply", "l1", "float32", 1_000_000)
+        and (record["contender"], record["layout"]) == ("numba", "contiguous")
+    )
+    factor = f"{1 / record['ratio_to_best_peer']:.1f} ×"
+    assert lines[2].split(" | ")[3] == f"{record['seconds'] * 1e6:.3g} µs, {factor}"
+
+
+def test_the_small_table_is_written_where_it_is_asked_for(results):
+    page = results / "small.md"
+    begin, end = report.MARKS["brief"]
+    page.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
+    assert main(["--from-json", str(results / "results.json"), "--brief", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith(f"above\n{begin}\n| elements | 1,000 |")
+    assert text.endswith(f"{end}\nbelow\n")
+    assert "old" not in text
+
+
 def test_the_picture_is_a_png(results):
     assert (results / "picture.png").read_bytes().startswith(b"\x89PNG")
 
@@ -95,6 +128,7 @@ def test_the_picture_is_a_png(results):
         (["--png", "nowhere/picture.png"], "no folder to write to"),
         (["--readme", "there.json"], "has no place for the table"),
         (["--readme", "missing.md"], "cannot be read"),
+        (["--brief", "there.json"], "--brief there.json has no place for the table"),
         (["--from-json", "missing.json"], "cannot be read"),
         (["--from-json", "there.json"], "not written by python -m benchmarks"),
     ],
