@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import actreg_dispatch
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -45,7 +47,13 @@ def test_imports_are_those_of_boxes(house):
 def test_arrows_that_follow_from_others_are_left_out(house):
     imports = {"a": {"b", "c"}, "b": {"c"}, "c": set()}
     assert house.reduced(imports) == {"a": {"b"}, "b": {"c"}, "c": set()}
-    assert house.rows_of(house.reduced(imports)) == [["a"], ["b"], ["c"]]
+    assert house.rows_of(house.reduced(imports))[0] == [["a"], ["b"], ["c"]]
+
+
+def test_an_arrow_over_several_rows_keeps_clear_of_boxes(house):
+    rows, ways = house.rows_of({"a": {"b", "d"}, "b": {"c"}, "c": set(), "d": set()})
+    assert [sorted(row) for row in rows] == [["a"], ["a>d>1", "b"], ["c", "d"]]
+    assert sorted(ways) == [["a", "a>d>1", "d"], ["a", "b"], ["b", "c"]]
 
 
 def test_a_circle_is_an_error(house):
@@ -64,3 +72,15 @@ def test_the_map_and_the_table_of_rooms_agree(house):
     paths = {box.replace(".", "/").removeprefix("runtime/") for box in boxes}
     named = set(re.findall(r"`([\w/]+?)(?:\.py|/)`", table.split("\n\n")[0]))
     assert paths <= named, paths - named
+
+
+def test_the_reference_has_all_public_names():
+    page = (ROOT / "docs" / "api" / "package.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", page, re.MULTILINE)
+    assert sorted(named) == sorted(actreg_dispatch.__all__)
+
+
+@pytest.mark.parametrize("name", ["dask", "files", "jax", "keras", "torch"])
+def test_the_reference_has_all_names_of_a_module(name):
+    page = (ROOT / "docs" / "api" / f"{name}.md").read_text(encoding="utf-8")
+    assert f".. automodule:: actreg_dispatch.{name}\n   :members:\n" in page

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import html
 from graphlib import TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,44 +76,58 @@ def reduced(imports: Imports) -> Imports:
     }
 
 
-def rows_of(imports: Imports) -> list[list[str]]:
-    """Return the boxes in rows, each above all that it imports, and near to what it imports."""
+def rows_of(imports: Imports) -> tuple[list[list[str]], list[list[str]]]:
+    """Return the boxes in rows, each above all that it imports, and the way of each arrow.
+
+    A way is what the arrow goes through, from row to row: boxes at its ends, and between them
+    gaps, whose names are those of the ends, joined by ``>``.
+    """
     height: dict[str, int] = {}
     for box in TopologicalSorter(imports).static_order():
         height[box] = 1 + max((height[each] for each in imports[box]), default=-1)
     rows: list[list[str]] = [[] for _ in range(max(height.values()) + 1)]
     for box in sorted(height):
         rows[height[box]].append(box)
-    linked = {
-        box: imports[box] | {other for other, found in imports.items() if box in found}
-        for box in imports
-    }
-    for _ in range(20):
+    ways = []
+    for box, found in imports.items():
+        for other in sorted(found):
+            gap = f"{box}>{other}"
+            between = range(height[box] - 1, height[other], -1)
+            ways.append([box, *(f"{gap}>{row}" for row in between), other])
+            for row, name in zip(between, ways[-1][1:], strict=False):
+                rows[row].append(name)
+    near: Imports = {name: set() for row in rows for name in row}
+    for way in ways:
+        for above, below in pairwise(way):
+            near[above].add(below)
+            near[below].add(above)
+    for _ in range(40):  # each to the middle of what it is joined to
         for row in [*rows, *reversed(rows)]:
-            place = {box: (k + 0.5) / len(each) for each in rows for k, box in enumerate(each)}
-            row.sort(
-                key=lambda box: (
-                    sum(place[each] for each in linked[box]) / len(linked[box])
-                    if linked[box]
-                    else 0.5
-                )
-            )
-    return rows[::-1]
+            place = {name: (k + 0.5) / len(each) for each in rows for k, name in enumerate(each)}
+            middle = {
+                name: sum(place[each] for each in near[name]) / max(1, len(near[name]))
+                for name in row
+            }
+            row.sort(key=middle.__getitem__)
+    return rows[::-1], ways
 
 
 def picture(modules: dict[str, ast.Module]) -> str:
     """Return the map as SVG."""
     imports = reduced(imports_of(modules))
-    rows = rows_of(imports)
-    widths = {box: len(box) * LETTER + 20 for box in imports}
-    wide = max(sum(widths[box] + GAP for box in row) for row in rows) + 2 * MARGIN
-    boxes: dict[str, tuple[float, float]] = {}
-    for number, row in enumerate(rows):
-        spare = (wide - 2 * MARGIN - sum(widths[box] for box in row)) / len(row)
+    rows, ways = rows_of(imports)
+    widths = {
+        name: len(name) * LETTER + 20 if name in imports else 4 for row in rows for name in row
+    }
+    wide = max(sum(widths[name] + GAP for name in row) for row in rows) + 2 * MARGIN
+    centre: dict[str, float] = {}
+    for row in rows:
+        spare = (wide - 2 * MARGIN - sum(widths[name] for name in row)) / len(row)
         left = MARGIN + spare / 2
-        for box in row:
-            boxes[box] = left + widths[box] / 2, MARGIN + number * ROW
-            left += widths[box] + spare
+        for name in row:
+            centre[name] = left + widths[name] / 2
+            left += widths[name] + spare
+    top = {name: MARGIN + number * ROW for number, row in enumerate(rows) for name in row}
     tall = 2 * MARGIN + (len(rows) - 1) * ROW + HEIGHT
     lines = [
         f'<div class="house"><svg viewBox="0 0 {wide:.0f} {tall}" role="img" '
@@ -120,19 +135,19 @@ def picture(modules: dict[str, ast.Module]) -> str:
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0 0 L8 4 L0 8 z"/></marker></defs>',
     ]
-    for box, found in imports.items():
-        x, y = boxes[box]
-        for other in sorted(found):
-            end, top = boxes[other]
-            bend = (top - y - HEIGHT) / 2
-            lines.append(
-                f'<path class="arrow" marker-end="url(#tip)" d="M{x:.1f} {y + HEIGHT} '
-                f"C{x:.1f} {y + HEIGHT + bend:.1f} {end:.1f} {top - bend:.1f} "
-                f'{end:.1f} {top - 1:.1f}"/>'
+    for way in ways:
+        path = [f"M{centre[way[0]]:.1f} {top[way[0]] + HEIGHT}"]
+        for above, below in pairwise(way):
+            start, end = top[above] + HEIGHT, top[below]
+            bend = (end - start) / 2
+            path.append(
+                f"L{centre[above]:.1f} {start}C{centre[above]:.1f} {start + bend:.1f} "
+                f"{centre[below]:.1f} {end - bend:.1f} {centre[below]:.1f} {end}"
             )
-    for box, (x, y) in boxes.items():
+        lines.append(f'<path class="arrow" marker-end="url(#tip)" d="{" ".join(path)}"/>')
+    for box in imports:
         tip = html.escape((ast.get_docstring(modules[box]) or "").partition("\n")[0])
-        width = widths[box]
+        x, y, width = centre[box], top[box], widths[box]
         lines.append(
             f'<g><title>{tip}</title><rect x="{x - width / 2:.1f}" y="{y}" width="{width:.1f}" '
             f'height="{HEIGHT}" rx="5"/><text x="{x:.1f}" y="{y + 18}">{box}</text></g>'
