@@ -1707,3 +1707,18 @@ def test_compiled_code_counts_outside_of_its_graphs():
             whole(torch.ones(2, 3))
     assert statistics.elements == 24
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_programs_do_not_count(strict):
+    class Counting(torch.nn.Module):
+        def forward(self, x):
+            return ActivityRegularization(0.3).penalty(x, statistics=statistics)
+
+    statistics = ActivationStatistics()
+    with pytest.raises(
+        (NotImplementedError, torch._dynamo.exc.Unsupported),
+        match=r"statistics cannot be counted in an exported program; leave them out",
+    ):
+        torch.export.export(Counting(), (torch.ones(3),), strict=strict)
+    assert not statistics.elements

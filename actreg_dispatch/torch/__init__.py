@@ -82,6 +82,14 @@ def _counting(function: Any) -> Any:
 _counted_penalty, _counted_update = _counting(weighted_penalty), _counting(check_and_update)
 
 
+def _refuse_to_count_in_exports() -> None:
+    if operators.is_exporting():
+        raise NotImplementedError(
+            "statistics cannot be counted in an exported program; leave them out, or count in a "
+            "call of the module itself"
+        )
+
+
 # What the methods of ActivityRegularization call.
 
 
@@ -182,6 +190,7 @@ def _weighted(
             "statistics cannot be counted inside transforms of torch.func; "
             "call penalty outside of them, or without statistics"
         )
+    _refuse_to_count_in_exports()
     return _counted_penalty(reg, activations, weights, statistics)
 
 
@@ -210,6 +219,7 @@ def apply(
     ``torch.compile`` takes it into a graph unless there are statistics; see :func:`penalty`.
     """
     if statistics is not None:
+        _refuse_to_count_in_exports()
         return _counted_update(reg, activations, gradients, scale, False, weights, statistics)
     return _called(
         check_and_update, operators.update, reg, activations, gradients, scale, False, weights
