@@ -236,7 +236,8 @@ def checked_constants(
     weights: Any = None,
 ) -> Constants:
     """Return what a backend is told for activations, which errors call ``name``."""
-    row_axes(options.norm, activations.ndim, name)  # which may not be there
+    if options.norm.axis is not None:  # or arrays of others need have no axes
+        row_axes(options.norm, activations.ndim, name)  # which may not be there
     count = _count(options, activations, weights, name)
     return constants_of(options, activations.dtype, count, scale, name)
 

@@ -48,13 +48,13 @@ EXAMPLES = [
     for page in PAGES
     for number, block in enumerate(block for kind, block in blocks_of(page) if kind == "python")
 ]
-COMMANDS = [
-    pytest.param(page, line, id=f"{page.stem}-{line}")
+COMMANDS = {  # once each
+    line: pytest.param(page, line, id=line)
     for page in PAGES
     for kind, block in blocks_of(page)
     if kind == "sh"
     for line in block.splitlines()
-]
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -112,7 +112,7 @@ ELSEWHERE = (
 )
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS)
+@pytest.mark.parametrize(("page", "line"), COMMANDS.values())
 def test_a_command_of_the_documents_runs_or_is_known(page, line, tmp_path, monkeypatch, python):
     if line.startswith("python -m benchmarks "):  # which takes minutes
         benchmarks_parser().parse_args(shlex.split(line)[3:])
