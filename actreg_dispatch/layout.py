@@ -6,9 +6,11 @@ do not care in which order they meet the elements, memory does.
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
-__all__ = ["collapse", "each_once"]
+__all__ = ["as_matrix", "collapse", "each_once"]
 
 
 def collapse(*arrays: Any) -> list[Any]:
@@ -54,3 +56,25 @@ def collapse(*arrays: Any) -> list[Any]:
 def each_once(array: Any) -> Any:
     """Return a view of a broadcast ``array`` in which each element stands once."""
     return array[tuple(slice(0, 1) if step == 0 else slice(None) for step in array.strides)]
+
+
+def as_matrix(array: Any, row_axes: int) -> Any:
+    """Return a view with the last ``row_axes`` axes as one, and the others as one, or None.
+
+    There is one if both are evenly spaced. The array has at least one element.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> as_matrix(np.ones((2, 3, 4, 5)), 2).shape
+    (6, 20)
+    >>> as_matrix(np.ones((2, 3, 4, 6))[..., :5], 2) is None
+    True
+    """
+    outer = array.ndim - row_axes
+    for axes in range(outer), range(outer, array.ndim):
+        long = [axis for axis in axes if array.shape[axis] > 1]
+        for axis, inner in pairwise(long):
+            if array.strides[axis] != array.strides[inner] * array.shape[inner]:
+                return None
+    return array.reshape(math.prod(array.shape[:outer]), math.prod(array.shape[outer:]))

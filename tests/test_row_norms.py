@@ -70,6 +70,16 @@ def test_rows_of_any_strides(backend, dtype):
         check(backend, view, (0, 2))
 
 
+def test_gradients_of_any_strides_are_updated(backend):
+    x, room = random((3, 5, 1, 16), np.float32), np.zeros((3, 5, 1, 16), np.float32)
+    expected = exact_row_result(x[..., :8], room[..., :8], 0.3, (1, 2, 3))[1]
+    reg, there = backend.regularization(0.3, "l2", axis=(1, 2, 3)), backend.array(room)
+    reg.apply(backend.array(x)[..., :8], there[..., :8])  # rows are not evenly spaced
+    found = backend.host(there)
+    assert_array_equal(found[..., :8], expected)
+    assert not found[..., 8:].any()
+
+
 @dtypes
 def test_rows_have_weights(backend, dtype):
     x, compute = random((6, 40), dtype), np.float64 if dtype == np.float64 else np.float32

@@ -45,7 +45,7 @@ from actreg_dispatch.backends.numba.rows import (
     update_only,
 )
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64
-from actreg_dispatch.layout import each_once
+from actreg_dispatch.layout import as_matrix, each_once
 from actreg_dispatch.norms import L1, Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.row_norms import RowNorm, outcome_of_row
@@ -325,7 +325,7 @@ def _matrices(x: Array, g: Array | None, w: Array | None, row_axes: int) -> Iter
     compute = COMPUTE_DTYPES[x.dtype]
     if w is not None and w.dtype != compute and each_once(w).size <= _COPIED:
         w = np.broadcast_to(each_once(w).astype(compute), w.shape)
-    matrices = [None if each is None else _as_matrix(each, row_axes) for each in (x, g, w)]
+    matrices = [None if each is None else as_matrix(each, row_axes) for each in (x, g, w)]
     if all(
         matrix is not None
         and (each is w or matrix.shape[1] == 1 or matrix.strides[1] == each.itemsize)
@@ -344,16 +344,6 @@ def _matrices(x: Array, g: Array | None, w: Array | None, row_axes: int) -> Iter
         cut = slice(start, start + step)
         copies = [None if each is None else each[cut].copy() for each in (x, g)]
         copies.append(None if w is None else np.array(w[cut], compute, order="C"))
-        yield [None if each is None else _as_matrix(each, row_axes) for each in copies]
+        yield [None if each is None else as_matrix(each, row_axes) for each in copies]
         if g is not None:
             g[cut] = copies[1]
-
-
-def _as_matrix(array: Array, row_axes: int) -> Array | None:
-    """Return a view of the last axes as one, and of the others as one, if there is one."""
-    outer = array.ndim - row_axes
-    for axis in range(array.ndim - 1):
-        steps = array.strides[axis], array.strides[axis + 1] * array.shape[axis + 1]
-        if axis + 1 != outer and array.shape[axis] > 1 and steps[0] != steps[1]:
-            return None
-    return array.reshape(math.prod(array.shape[:outer]), math.prod(array.shape[outer:]))
