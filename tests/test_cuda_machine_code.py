@@ -180,6 +180,8 @@ def weight(instruction):
         return 0
     if name.startswith("div.rn"):  # the quick path: a reciprocal, and steps of Newton's
         return 24 if name.endswith("64") else 12
+    if re.match("(max|min).[su]64", name):  # two comparisons, and two halves to choose
+        return 4
     # Integers have 32 bits in SASS. Masks for signs leave the lower half as it is.
     return 2 if re.match(r"(add|sub|mul|mad|shl|shr|setp|selp)\..*[bsu]64$", name) else 1
 
