@@ -182,6 +182,8 @@ def weight(instruction):
         return 24 if name.endswith("64") else 12
     if re.match("(max|min).[su]64", name):  # two comparisons, and two halves to choose
         return 4
+    if re.match(r"setp\.ne\.s32\s+%p\d+, %r\d+, 0$", instruction):  # which masking tells, too
+        return 0
     # Integers have 32 bits in SASS. Masks for signs leave the lower half as it is.
     return 2 if re.match(r"(add|sub|mul|mad|shl|shr|setp|selp)\..*[bsu]64$", name) else 1
 
