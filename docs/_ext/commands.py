@@ -15,7 +15,7 @@ from actreg_dispatch import cli
 
 def helps(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Return the help of each subcommand, by its name."""
-    os.environ["COLUMNS"] = "88"  # what argparse wraps lines at
+    os.environ["COLUMNS"] = "80"  # what argparse wraps lines at
     os.environ["NO_COLOR"] = "1"
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return {name: each.format_help() for name, each in commands.choices.items()}
