@@ -24,6 +24,7 @@ import cupy
 import numpy as np
 
 from actreg_dispatch.backend import Backend
+from actreg_dispatch.backends.cuda import row_norms
 from actreg_dispatch.backends.cuda.counting import Counter
 from actreg_dispatch.backends.cuda.kernels import (
     blocks_for,
@@ -37,6 +38,7 @@ from actreg_dispatch.backends.cuda.source import columns_of, counters_of
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT16, FLOAT32, FLOAT64, NATIVE_DTYPES
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants
+from actreg_dispatch.row_norms import RowNorm
 from actreg_dispatch.statistics import ActivationStatistics
 from actreg_dispatch.sums.exact import Total, sum_of_words, total_of
 
@@ -156,6 +158,25 @@ class CudaBackend(Backend):
             known += [cupy.ones((), bool)] * norm.two_pass  # that there is a gradient
             kernels, both = kernels_of(norm, weighted=weights is not None), (activations, gradients)
             launch(kernels, "update", *constants.gradient_lam, *known, arrays=both, weights=weights)
+
+    def apply_to_rows(
+        self,
+        activations: cupy.ndarray,
+        gradients: cupy.ndarray | None,
+        norm: RowNorm,
+        constants: Constants,
+        weights: cupy.ndarray | None = None,
+    ) -> cupy.ndarray:
+        """Return the penalty of many rows, and add their gradient to any gradients."""
+        with activations.device:
+            return row_norms.apply_to_rows(activations, gradients, norm, constants, weights)
+
+    def sum_of_rows(
+        self, activations: cupy.ndarray, norm: RowNorm, weights: cupy.ndarray | None = None
+    ) -> Total:
+        """Return the exact sum of the sizes of many rows; waits for the device."""
+        with activations.device:
+            return row_norms.sum_of_rows(activations, norm, weights)
 
     def apply_batch(
         self,

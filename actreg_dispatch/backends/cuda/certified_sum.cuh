@@ -176,11 +176,12 @@ template <typename C> __device__ inline void store(const lane<C>& sum, double* p
     }
 }
 
-// Both ends of what the true sum may be.
+// Both ends of what the true sum may be. A sum of fewer threads than are taken for granted above, 1/n
+// of them, is as far off as one of n times as many elements: that is `spread`.
 struct bracket { double below, above; bool holds; };
 template <typename C> __device__ inline bracket bracket_of(
-    const lane<C>& sum, double count, int term, bool weighted) {
-    const double margin = 2.0 * lane<C>::bound(count) * sum.hi;  // twice, to cover what it rounds
+    const lane<C>& sum, double count, int term, bool weighted, double spread = 1.0) {
+    const double margin = 2.0 * lane<C>::bound(spread * count) * sum.hi;  // twice, to cover what it rounds
     const double below = sum.hi + (sum.lo - margin), above = sum.hi + (sum.lo + margin);
     const bool is_zero = term == 1 && !weighted && sum.hi == 0.0;
     const bool holds =

@@ -21,7 +21,7 @@ import cupy
 from actreg_dispatch.backends.cuda.source import OPTIONS, kernel_name, preamble, repeated
 from actreg_dispatch.norms import Norm
 
-__all__ = ["GRID_STRIDE_LOOP", "LOADS", "VECTOR_LOOP", "pass_kernel"]
+__all__ = ["ADDERS", "GRID_STRIDE_LOOP", "LOADS", "VECTOR_LOOP", "pass_kernel"]
 
 LOADS = 4  # by a thread of each array before it uses the first
 
@@ -246,7 +246,7 @@ def _exact_sums(terms: tuple[int, ...], weighted: bool) -> _Sums:
     return _Sums(
         "raw int64 words",
         repeated("expansion sum{k};", len(terms)),
-        " ".join(f"sum{k}.{_ADDERS[term]}({x}, {own[k]});" for k, term in enumerate(terms)),
+        " ".join(f"sum{k}.{ADDERS[term]}({x}, {own[k]});" for k, term in enumerate(terms)),
         "",
         " ".join(f"accumulate_block(sum{k}, {each});" for k, each in enumerate(own)),
     )
@@ -258,7 +258,7 @@ def _certified_sums(terms: tuple[int, ...], weighted: bool) -> _Sums:
     return _Sums(
         "raw float64 partials",
         repeated("lane<C> sum{k};", len(terms)),
-        " ".join(f"sum{k}.{_ADDERS[term]}({x}, sizeof(T) == 2);" for k, term in enumerate(terms)),
+        " ".join(f"sum{k}.{ADDERS[term]}({x}, sizeof(T) == 2);" for k, term in enumerate(terms)),
         repeated("sum{k}.end_group();", len(terms)),
         repeated(f"join_block(sum{{k}}); store(sum{{k}}, {own});", len(terms)),
     )
@@ -268,4 +268,4 @@ def _element(weighted: bool) -> str:
     return "x, w" if weighted else "x"
 
 
-_ADDERS = {1: "add_absolute", 2: "add_square"}
+ADDERS = {1: "add_absolute", 2: "add_square"}

@@ -17,7 +17,7 @@ import cupy
 from actreg_dispatch.backends.cuda.source import OPTIONS, kernel_name, preamble, repeated
 from actreg_dispatch.norms import Norm
 
-__all__ = ["certifying_kernel", "finish_kernel"]
+__all__ = ["Results", "certifying_kernel", "exact_outcome", "finish_kernel", "results_of"]
 
 _EVALUATE = """
 template <typename C> struct outcome {{
@@ -31,11 +31,8 @@ template <typename C, typename N> __device__ inline outcome<C> evaluate({numbers
 }}
 """
 
-_FINISH = """
-template <typename C> __device__ inline void finish(
-    const nonzero_range& range, const long long* words, {lams}, double epsilon, {results}) {{
-    if (words[CERTAIN] != 0) return;
-    {sums}
+_OUTCOME = """
+template <typename C> __device__ inline outcome<C> outcome_of({sums}, {lams}, double epsilon) {{
     outcome<C> found = {{}};
     if ({all_zero}) {{
     }} else if ({all_fit}) {{
@@ -43,6 +40,17 @@ template <typename C> __device__ inline void finish(
     }} else {{
         found = evaluate<C, extended>({extendeds}, extended(epsilon));
     }}
+    {or_nan}
+    return found;
+}}
+"""
+
+_FINISH = """
+template <typename C> __device__ inline void finish(
+    const nonzero_range& range, const long long* words, {lams}, double epsilon, {results}) {{
+    if (words[CERTAIN] != 0) return;
+    {sums}
+    const outcome<C> found = outcome_of<C>({given}, epsilon);
     {write}
 }}
 """
@@ -70,7 +78,7 @@ _CERTIFY = """
     }}"""
 
 
-class _Results(NamedTuple):
+class Results(NamedTuple):
     """What a norm makes of its sums, as code."""
 
     functions: str  # the structure ``outcome`` and the function ``evaluate``
@@ -78,7 +86,8 @@ class _Results(NamedTuple):
     parameters: list[str]  # where the results go
 
 
-def _results_of(norm: Norm) -> _Results:
+def results_of(norm: Norm) -> Results:
+    """Return what the norm makes of its sums."""
     sums = len(norm.terms)
     lams = [f"{name}{k}" for name in ("lam", "gradient_lam") for k in range(norm.n_lams)]
     formulas = {"penalty": norm.cuda.penalty}
@@ -97,13 +106,30 @@ def _results_of(norm: Norm) -> _Results:
         numbers=", ".join(f"N {number}" for number in numbers),
         evaluate=" ".join(evaluate),
     )
-    return _Results(functions, lams, parameters)
+    return Results(functions, lams, parameters)
+
+
+def exact_outcome(norm: Norm) -> str:
+    """Return the function ``outcome_of``: what a norm makes of exact sums, rounded."""
+    sums, lams = len(norm.terms), results_of(norm).lams
+    return _OUTCOME.format(
+        sums=repeated("const extended& sum{k}", sums, ", "),
+        lams=", ".join(f"double {lam}" for lam in lams),
+        all_zero=repeated("sum{k}.m == 0", sums, " && "),
+        all_fit=repeated("sum{k}.fits_double()", sums, " && "),
+        doubles=", ".join([repeated("double(sum{k})", sums, ", "), *lams]),
+        extendeds=", ".join(
+            [repeated("sum{k}", sums, ", "), *(f"extended({lam})" for lam in lams)]
+        ),
+        or_nan=f"if ({repeated('isnan(sum{k})', sums, ' || ')}) found.has_gradient = true;"
+        * norm.two_pass,
+    )
 
 
 def certifying_kernel(norm: Norm, batch: bool, weighted: bool) -> cupy.ElementwiseKernel:
     """Return the kernel that writes the results, and that they are certain, if they are."""
     whose, together = _owner_of(norm, batch, weighted)
-    results, terms = _results_of(norm), norm.terms
+    results, terms = results_of(norm), norm.terms
     sums, lams = len(terms), results.lams
     where = "constexpr ptrdiff_t first = 0;"
     inputs = ["raw float64 partials", "int64 blocks", "int64 count"]
@@ -157,7 +183,7 @@ def _owner_of(norm: Norm, batch: bool, weighted: bool) -> tuple[str, Norm | None
     return ("batch_", norm) if batch else ("weighted_" if weighted else "", None)
 
 
-def _written(results: _Results, there: str) -> str:
+def _written(results: Results, there: str) -> str:
     """Return the code that writes what was found."""
     names = [parameter.split()[1] for parameter in results.parameters]
     return " ".join(f"{there.format(name=name)} = found.{name};" for name in names)
@@ -166,22 +192,14 @@ def _written(results: _Results, there: str) -> str:
 def finish_kernel(norm: Norm, batch: bool, weighted: bool) -> cupy.ReductionKernel:
     """Return the kernel that writes the results of exact sums, unless they are certain already."""
     whose, together = _owner_of(norm, batch, weighted)
-    results, sums = _results_of(norm), len(norm.terms)
+    results, sums = results_of(norm), len(norm.terms)
     lams, parameters = results.lams, results.parameters
-    write = _written(results, "{name}")
-    if norm.two_pass:
-        write += f" has_gradient = has_gradient || {repeated('isnan(sum{k})', sums, ' || ')};"
-    function = _FINISH.format(
+    function = exact_outcome(norm) + _FINISH.format(
         lams=", ".join(f"double {lam}" for lam in lams),
         results=", ".join(parameter.replace(" ", "& ") for parameter in parameters),
         sums=repeated("const extended sum{k} = rounded_sum(words + {k} * COUNTERS, range);", sums),
-        all_zero=repeated("sum{k}.m == 0", sums, " && "),
-        all_fit=repeated("sum{k}.fits_double()", sums, " && "),
-        doubles=", ".join([repeated("double(sum{k})", sums, ", "), *lams]),
-        extendeds=", ".join(
-            [repeated("sum{k}", sums, ", "), *(f"extended({lam})" for lam in lams)]
-        ),
-        write=write,
+        given=", ".join([repeated("sum{k}", sums, ", "), *lams]),
+        write=_written(results, "{name}"),
     )
     given = ["raw int64 table"] if batch else [f"float64 {lam}" for lam in lams]
     if batch:
