@@ -19,6 +19,8 @@ from actreg_dispatch import (
 )
 from actreg_dispatch.backends import numba
 from actreg_dispatch.backends.numba import PARALLEL_FROM, compiling
+from actreg_dispatch.backends.numba.calls import call_of
+from actreg_dispatch.backends.numba.plans import plan_of
 from actreg_dispatch.norms import NORMS, named_norm
 from actreg_dispatch.options import constants_of
 from actreg_dispatch.oracle import exact_result
@@ -297,11 +299,11 @@ def test_a_call_depends_on_nothing_that_lies_where_it_writes(name, writes, paral
     norm, x = named_norm(name), np.random.default_rng(0).normal(size=20_000).astype(np.float32)
     constants = constants_of(ActivityRegularization(0.1, name).options, x.dtype, 1)
     whole = numba.kernel_of(numba.drivers.whole_function, parallel).ctypes
-    plan = numba._plan(norm, x.dtype, writes=writes, parallel=parallel)
+    plan = plan_of(norm, x.dtype, writes=writes, parallel=parallel)
     found = set()
     for rest in (0.0, 1e6, math.nan):
         g = np.zeros_like(x)
-        call = numba._call(x, g, None, norm, constants)
+        call = call_of(x, g, None, norm, constants)
         for field in (call.total, call.coefficients):
             field[:] = [rest] * len(field)
         found.add((whole(ctypes.addressof(plan), ctypes.addressof(call)), g.tobytes()))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import numba
@@ -21,26 +20,21 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import drivers, functions, row_norms
-from actreg_dispatch.backends.numba.addresses import BLOCK, SUMS, Call, Plan
+from actreg_dispatch.backends.numba.addresses import SUMS, Call, Plan
 from actreg_dispatch.backends.numba.bits import bits_of
+from actreg_dispatch.backends.numba.calls import call_of, is_parallel, run
 from actreg_dispatch.backends.numba.compiling import kernel_of
 from actreg_dispatch.backends.numba.drivers import EXACT_SHARES, PARALLEL_FROM
 from actreg_dispatch.backends.numba.exact import MOST_TERMS
+from actreg_dispatch.backends.numba.plans import fused_kernel_of, plan_of, summing, updating
 from actreg_dispatch.dtypes import COMPUTE_DTYPES, FLOAT64, NATIVE_DTYPES
-from actreg_dispatch.layout import collapse, each_once
+from actreg_dispatch.layout import each_once
 from actreg_dispatch.norms import Norm
 from actreg_dispatch.options import Constants, Options, Reduction, count_of, divided_axes
 from actreg_dispatch.row_norms import RowNorm
 from actreg_dispatch.runtime.threads import may_use_threads
 from actreg_dispatch.statistics import ActivationStatistics
-from actreg_dispatch.sums.certified import NOT_HANDLED
-from actreg_dispatch.sums.exact import (
-    COUNTERS,
-    Total,
-    outcome_of,
-    sum_of_words,
-    total_of,
-)
+from actreg_dispatch.sums.exact import COUNTERS, Total, outcome_of, sum_of_words, total_of
 from actreg_dispatch.weights import check_weight_values
 
 __all__ = ["BACKEND", "PARALLEL_FROM", "NumbaBackend"]
@@ -68,8 +62,8 @@ class NumbaBackend(Backend):
             one, other = np.array_split(x, 2, axis)
             its, others = (None, None) if w is None else np.array_split(w, 2, axis)
             return self.partial_sum(one, norm, its) + self.partial_sum(other, norm, others)
-        call = _call(x, x, w)
-        parallel, compute = _parallel(call), COMPUTE_DTYPES[x.dtype]
+        call = call_of(x, x, w)
+        parallel, compute = is_parallel(call), COMPUTE_DTYPES[x.dtype]
         shares = min(call.blocks, EXACT_SHARES) if parallel else 1
         words = np.zeros((shares, len(terms) * COUNTERS), np.int64)
         if w is None:
@@ -133,14 +127,14 @@ class NumbaBackend(Backend):
         weighted = weights is not None
         bad, large = _bad_and_large(weights)
         if gradients is None:
-            call = _call(activations, activations, weights)
-            function = _summing(norm, activations.dtype, call.dense, weighted)
+            call = call_of(activations, activations, weights)
+            function = summing(norm, activations.dtype, call.dense, weighted)
         else:
             assert constants is not None
             assert not norm.two_pass
-            call = _call(activations, gradients, weights, norm, constants)
-            function = _updating(norm, activations.dtype, call.dense, weighted=weighted)
-        found = _run(call, function)[: 2 * len(norm.terms)]
+            call = call_of(activations, gradients, weights, norm, constants)
+            function = updating(norm, activations.dtype, call.dense, weighted=weighted)
+        found = run(call, function)[: 2 * len(norm.terms)]
         is_undecided = bad or (large and activations.dtype == FLOAT64)
         return (math.nan,) * len(found) if is_undecided else found
 
@@ -203,7 +197,7 @@ class NumbaBackend(Backend):
         if parallel and not may_use_threads():
             return None
         return kernel_of(  # type: ignore[no-any-return]
-            _fused, norm, _divides(reduction, x.ndim), x.dtype, x.ndim, writes, parallel
+            fused_kernel_of, norm, _divides(reduction, x.ndim), x.dtype, x.ndim, writes, parallel
         )
 
     def fused_batch(
@@ -244,7 +238,7 @@ class NumbaBackend(Backend):
             return None
         if not kernel_of(drivers.apartness_kernel)(address, layers):
             return None
-        return _batch(calls, size, _plan(options.norm, dtype, writes=True), options, scale)
+        return _batch(calls, size, plan_of(options.norm, dtype, writes=True), options, scale)
 
     def fused_rows(
         self, activations: Array, gradients: Array | None, options: Options, scale: float
@@ -262,7 +256,7 @@ class NumbaBackend(Backend):
         )
         count = count_of(options.reduction, activations.shape[1:])
         kernel_of(drivers.rows_kernel, bits)(x, g, count, ctypes.addressof(calls))
-        plan = _plan(norm, activations.dtype, writes=gradients is not None, overwrites=overwrites)
+        plan = plan_of(norm, activations.dtype, writes=gradients is not None, overwrites=overwrites)
         return _batch(calls, x.size, plan, options, scale)
 
 
@@ -285,77 +279,6 @@ def _batch(calls: Any, size: int, plan: Plan, options: Options, scale: float) ->
     return penalties if taken else None
 
 
-def _call(
-    x: Array,
-    g: Array,
-    weights: Array | None = None,
-    norm: Norm | None = None,
-    constants: Constants | None = None,
-) -> Call:
-    """Return a call on arrays of any strides, which have been checked, and what it is told."""
-    if weights is None and x.flags.c_contiguous and g.flags.c_contiguous:
-        call, bits = Call(), bits_of(x.dtype)
-        if not x.ndim:
-            x, g = x.reshape(1), g.reshape(1)
-        describe = kernel_of(drivers.describing_kernel, bits, x.ndim, g.flags.writeable)
-        describe(x.view(bits), g.view(bits), 0, ctypes.addressof(call), 0)
-    else:
-        call = _rows_of(x, g, weights) if x.size else Call()  # of no blocks
-    if norm is not None and constants is not None:
-        call.lam[: norm.n_lams] = constants.lam
-        call.gradient_lam[: norm.n_lams] = constants.gradient_lam
-        call.epsilon = constants.epsilon
-    return call
-
-
-def _rows_of(x: Array, g: Array, weights: Array | None) -> Call:
-    """Return a call on the rows that the arrays are made of, in the order of memory."""
-    if weights is None:
-        x, g = collapse(x, g)
-        w_start, gather, w_strides = 0, 0, (0,) * x.ndim
-    else:
-        x, w, g = collapse(x, weights, g)
-        gathering = kernel_of(functions.gathering_function, w.dtype, COMPUTE_DTYPES[x.dtype])
-        w_start, gather, w_strides = w.ctypes.data, gathering.address, w.strides
-    *lengths, length = x.shape
-    *x_steps, x_step = x.strides
-    *g_steps, g_step = g.strides
-    *w_steps, w_step = w_strides
-    pieces = -(-length // BLOCK)
-    all_pieces, per_block = math.prod(lengths) * pieces, max(1, BLOCK // length)
-    steps = zip(lengths, x_steps, g_steps, w_steps, strict=True)
-    axes = np.array([*steps], np.int64) if lengths else None
-    call = Call(
-        activations=x.ctypes.data,
-        gradients=g.ctypes.data,
-        weights=w_start,
-        gather=gather,
-        size=x.size,
-        length=length,
-        x_step=x_step,
-        g_step=g_step,
-        w_step=w_step,
-        n_axes=len(lengths),
-        axes=0 if axes is None else axes.ctypes.data,
-        pieces=pieces,
-        all_pieces=all_pieces,
-        pieces_per_block=per_block,
-        blocks=-(-all_pieces // per_block),
-    )
-    call.axes_in_use, call.dense = axes, x_step == g_step == x.itemsize
-    return call
-
-
-def _run(call: Call, function: Any) -> tuple[float, ...]:
-    """Run a pass and return its total."""
-    kernel_of(drivers.pass_kernel, _parallel(call))(function.address, ctypes.addressof(call))
-    return tuple(call.total)
-
-
-def _parallel(call: Call) -> bool:
-    return call.size >= PARALLEL_FROM and may_use_threads()
-
-
 def _update(
     x: Array,
     g: Array,
@@ -367,9 +290,9 @@ def _update(
     overwrites: bool,
 ) -> None:
     _check_values(weights)
-    call = _call(x, g, weights, norm, constants)
+    call = call_of(x, g, weights, norm, constants)
     call.coefficients[: norm.n_coefficients] = coefficients
-    _run(call, _updating(norm, x.dtype, call.dense, overwrites, weights is not None))
+    run(call, updating(norm, x.dtype, call.dense, overwrites, weights is not None))
 
 
 def _check_values(weights: Array | None) -> bool:
@@ -388,7 +311,7 @@ def _bad_and_large(weights: Array | None) -> tuple[bool, bool]:
     if weights is None or weights.dtype.kind == "b" or not weights.size:
         return False, False
     w = each_once(weights)
-    bad, large = _run(_call(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:][:2]
+    bad, large = run(call_of(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:][:2]
     return bool(bad), bool(large)
 
 
@@ -405,13 +328,13 @@ def _whole(
 ) -> Any:
     """Do a whole call, with an exact sum if it takes one, and return the penalty."""
     has_large_weights = _check_values(weights)
-    call = _call(x, g, weights, norm, constants)
+    call = call_of(x, g, weights, norm, constants)
     call.needs_exact_sum = has_large_weights and x.dtype == FLOAT64
     if statistics is not None:
         counting = kernel_of(functions.counting_function, x.dtype, weights is not None)
         call.count_elements = counting.address
-    parallel = _parallel(call)
-    plan = _plan(
+    parallel = is_parallel(call)
+    plan = plan_of(
         norm,
         x.dtype,
         weights is not None,
@@ -450,93 +373,6 @@ def _active(x: Array, weights: Array | None) -> Array:
     kernel(rows, rows if kept is None else kept, counts)
     total: Array = counts.sum(axis=0)
     return total
-
-
-def _summing(norm: Norm, dtype: np.dtype[Any], dense: bool, weighted: bool = False) -> Any:
-    """Return the block function that sums, whatever the norm."""
-    return kernel_of(functions.block_function, norm.terms, None, dtype, dense, False, weighted)
-
-
-def _updating(
-    norm: Norm,
-    dtype: np.dtype[Any],
-    dense: bool,
-    overwrites: bool = False,
-    weighted: bool = False,
-) -> Any:
-    """Return the block function that updates, and sums, if that is all in one pass.
-
-    Where only the update is needed, the sum costs nothing once memory is the limit.
-    """
-    terms = () if norm.two_pass else norm.terms
-    return kernel_of(functions.block_function, terms, norm, dtype, dense, overwrites, weighted)
-
-
-def _plan(
-    norm: Norm,
-    dtype: np.dtype[Any],
-    weighted: bool = False,
-    *,
-    writes: bool,
-    overwrites: bool = False,
-    dense: bool = True,
-    parallel: bool = False,
-    divides: int = 0,
-) -> Plan:
-    """Return how such calls are done."""
-    key = norm, dtype, weighted, writes, overwrites, dense, parallel, divides
-    return kernel_of(_compiled_plan, *key)  # type: ignore[no-any-return]
-
-
-def _compiled_plan(
-    norm: Norm,
-    dtype: np.dtype[Any],
-    weighted: bool,
-    writes: bool,
-    overwrites: bool,
-    dense: bool,
-    parallel: bool,
-    divides: int,
-) -> Plan:
-    compute = COMPUTE_DTYPES[dtype]
-    sums_first = norm.two_pass or not writes
-    summing = _summing(norm, dtype, dense, weighted) if sums_first else None
-    updating = _updating(norm, dtype, dense, overwrites, weighted) if writes else None
-    whole = kernel_of(drivers.whole_function, parallel)
-    first, second = (summing, updating) if summing else (updating, None)
-    prepare = kernel_of(functions.prepare_function, norm, compute)
-    finish = kernel_of(functions.finish_function, norm, compute)
-    used = whole, first, second, prepare, finish
-    addresses = [function.address if function else 0 for function in used]
-    plan = Plan(*addresses, parallel, divides)
-    _IN_USE.append((plan, *used))
-    return plan
-
-
-# What compiled code knows by address, so that it must not be freed while the process lives.
-_IN_USE: list[Any] = []
-
-
-def _fused(
-    norm: Norm, divides: int, dtype: np.dtype[Any], axes: int, writes: bool, parallel: bool
-) -> Any:
-    """Return the fused kernel, ready for what the caller has: 16-bit floats, forked processes."""
-    bits = bits_of(dtype)
-    plan = _plan(norm, dtype, writes=writes, parallel=parallel, divides=divides)
-    kernel: Any = kernel_of(drivers.fused_kernel, bits, axes, norm.n_lams, writes)
-    # A bound method is called as quickly as its function.
-    kernel = MethodType(kernel, float(ctypes.addressof(plan)))
-    if parallel:
-        with_threads = kernel
-
-        def kernel(*arguments):  # type: ignore[no-untyped-def]
-            return with_threads(*arguments) if may_use_threads() else NOT_HANDLED
-
-    if bits is dtype:
-        return kernel
-    if writes:
-        return lambda x, g, *others: kernel(x.view(bits), g.view(bits), *others)
-    return lambda x, *others: kernel(x.view(bits), *others)
 
 
 BACKEND = NumbaBackend()

@@ -8,7 +8,6 @@ updated with the exact sum.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,8 +30,8 @@ from actreg_dispatch.backends.numba.addresses import (
     strided_row,
 )
 from actreg_dispatch.backends.numba.bits import bits_of
+from actreg_dispatch.backends.numba.calls import run
 from actreg_dispatch.backends.numba.compiling import compile_function, kernel_of
-from actreg_dispatch.backends.numba.drivers import PARALLEL_FROM, pass_kernel
 from actreg_dispatch.backends.numba.rows import (
     add_gradient,
     gradient_of,
@@ -49,7 +48,7 @@ from actreg_dispatch.layout import as_matrix, each_once
 from actreg_dispatch.norms import L1, Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.row_norms import RowNorm, outcome_of_row
-from actreg_dispatch.runtime.threads import interrupts_wait, may_use_threads
+from actreg_dispatch.runtime.threads import interrupts_wait
 from actreg_dispatch.sums.certified import anchored_bound, merge_pairs, merge_totals, two_sum
 from actreg_dispatch.sums.exact import PartialSum, Total, outcome_of
 
@@ -289,9 +288,7 @@ def _run(
     call.gradient_lam[: norm.n_lams] = constants.gradient_lam
     anchored = x.dtype == FLOAT64 or sizes is not None
     function = kernel_of(rows_function, norm, x.dtype, anchored, w is not None)
-    parallel = x.size >= PARALLEL_FROM and may_use_threads()
-    kernel_of(pass_kernel, parallel)(function.address, ctypes.addressof(call))
-    return tuple(call.total), marks
+    return run(call, function), marks
 
 
 _NOTHING = Constants((0.0,), (0.0,), 0.0)
