@@ -40,24 +40,30 @@ import contextlib
 import math
 import os
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actreg_dispatch.dispatch import checked_weights, resolve
 from actreg_dispatch.dtypes import compute_dtype
+from actreg_dispatch.files.checks import (
+    about_update,
+    check_options,
+    check_pair,
+    check_two,
+    elements_of,
+    open_activations,
+    path_of,
+)
 from actreg_dispatch.files.journal import Journal, Updates, journal_of, left_behind
-from actreg_dispatch.files.stores import Array, FilesError, Region, Store, check_layout, open_store
+from actreg_dispatch.files.stores import Array, FilesError, Region, Store, open_store
 from actreg_dispatch.files.weights import Weights
-from actreg_dispatch.norms import ActivityNorm, Norm
 from actreg_dispatch.options import Options, constants_of
 from actreg_dispatch.registry import NUMPY
-from actreg_dispatch.regularization import ActivityRegularization, check_regularization
+from actreg_dispatch.regularization import ActivityRegularization
 from actreg_dispatch.sums.certified import Outcome, merge_totals, round_if_certain
 from actreg_dispatch.sums.exact import outcome_of
 
@@ -143,6 +149,7 @@ def penalty(
     Examples
     --------
     >>> import tempfile
+    >>> from pathlib import Path
     >>> import numpy as np
     >>> from actreg_dispatch import ActivityRegularization
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -151,9 +158,9 @@ def penalty(
     ...     float(penalty(ActivityRegularization.l1(0.5), path).penalty)
     2.0
     """
-    _check(reg)
+    check_options(reg)
     with contextlib.ExitStack() as opened:
-        x, w = _opened(opened, activations, weights, dtype)
+        x, w = open_activations(opened, activations, weights, dtype)
         run = _Run(reg.options, x, w, 1.0, progress)
         return run.result(run.sum())
 
@@ -196,50 +203,13 @@ def apply(
     PartlyUpdatedError
         If something failed later on. Mend it, and call again with ``resume=True``.
     """
-    _check(reg)
-    path = _path("gradients", gradients)
+    check_options(reg)
+    path = path_of("gradients", gradients)
     with contextlib.ExitStack() as opened:
-        x, w = _opened(opened, activations, weights, dtype)
+        x, w = open_activations(opened, activations, weights, dtype)
         g = open_store("gradients", path, dtype, writes=True)
         opened.callback(g.close)
         return _apply(reg.options, x, w, g, scale, resume, progress)
-
-
-def _opened(
-    opened: contextlib.ExitStack, activations: Any, weights: Any, dtype: str | None
-) -> tuple[Store, Store | None]:
-    """Return the activations, and the weights, if there are any, to be closed with ``opened``."""
-    paths = (
-        _path("activations", activations),
-        None if weights is None else _path("weights", weights),
-    )
-    x, w = open_store("activations", paths[0], dtype), None
-    opened.callback(x.close)
-    if paths[1] is not None:
-        w = open_store("weights", paths[1], dtype, weighs=True)
-        opened.callback(w.close)
-    return x, w
-
-
-def _check(reg: Any) -> None:
-    check_regularization(reg)
-    if reg.axis is not None:
-        raise ValueError(
-            f"reg={reg!r} is a norm of rows, but a file is read in blocks that may cut them; map "
-            f"the file with numpy.load(path, mmap_mode='r'), or use Dask"
-        )
-
-
-def _path(name: str, value: Any) -> str:
-    try:
-        path = os.fspath(value)
-    except TypeError:
-        path = None
-    if not isinstance(path, str):
-        raise TypeError(
-            f"{name} are a {type(value).__name__}; pass the path of a .npy file or a Zarr store"
-        )
-    return str.__str__(path)  # of a subclass the characters, whatever it is printed as
 
 
 def _apply(
@@ -251,9 +221,9 @@ def _apply(
     resume: bool,
     progress: Progress | None,
 ) -> Result:
-    _check_pair(x, g)
+    check_pair(x, g)
     if w is not None:
-        _check_two("weights", w, g)
+        check_two("weights", w, g)
     path, journal = journal_of(g.path), None
     if resume:
         journal = Journal.open(path)
@@ -263,7 +233,7 @@ def _apply(
         block_bytes = BLOCK_BYTES if journal is None else int(journal.about["block bytes"])
         regions = g.regions(block_bytes)
         run = _Run(options, x, w, scale, progress)
-        about = _about(options, x, w, g, scale, block_bytes, regions)
+        about = about_update(options, x, w, g, scale, block_bytes, regions)
         if journal is not None:
             journal.check_same(about)
         found = run.sum() if options.norm.two_pass or not regions else None
@@ -290,69 +260,6 @@ def _apply(
     finally:
         if journal is not None:
             journal.close()
-
-
-def _check_pair(x: Store, g: Store) -> None:
-    """Refuse two files that do not belong together."""
-    _check_two("activations", x, g)
-    if x.dtype.newbyteorder("=") != g.dtype.newbyteorder("="):
-        raise FilesError(
-            f"gradients {g.path} have dtype {g.dtype} but activations {x.dtype}; "
-            f"give both one dtype"
-        )
-    if x.shape != g.shape:
-        raise FilesError(
-            f"gradients {g.path} have shape {g.shape} but activations {x.shape}; "
-            f"shapes must be equal, nothing is broadcast"
-        )
-    check_layout("gradients", g, x)
-
-
-def _check_two(name: str, read: Store, g: Store) -> None:
-    """Refuse gradients in the file of something that is read."""
-    if Path(read.path).samefile(g.path):
-        raise FilesError(
-            f"{name} {read.path} and gradients {g.path} are one file; the update would change "
-            f"its own input: pass a copy of one of them"
-        )
-
-
-def _defined(norm: Norm) -> str:
-    """Return the name of a norm, and a checksum of one whose formulas may be edited."""
-    if norm.name in set(ActivityNorm):
-        return norm.name
-    return f"{norm.name} {zlib.crc32(norm.source.encode()):08x}"
-
-
-def _about(
-    options: Options,
-    x: Store,
-    w: Store | None,
-    g: Store,
-    scale: float,
-    block_bytes: int,
-    regions: Sequence[Region],
-) -> dict[str, Any]:
-    """Return what is applied to what, for the journal."""
-    largest = max((_elements(region) for region in regions), default=0)
-    return {
-        "norm": _defined(options.norm),
-        "lam": repr(options.lam if options.norm.n_lams > 1 else options.lam[0]),
-        "epsilon": repr(options.epsilon),
-        "reduction": repr(options.reduction),
-        "scale": repr(float(scale)),
-        "dtype": str(x.dtype),
-        "shape": list(x.shape),
-        "activations": x.identity(content=True),
-        "weights": None if w is None else w.identity(content=True),
-        "gradients": g.identity(content=False),
-        "block bytes": block_bytes,
-        "slot bytes": largest * g.dtype.itemsize,
-    }
-
-
-def _elements(region: Region) -> int:
-    return math.prod(part.stop - part.start for part in region)
 
 
 class _Run:
@@ -405,7 +312,7 @@ class _Run:
         for region in self._store.regions(BLOCK_BYTES):
             for _, box, values in weights.pieces(region):
                 yield box, values
-            size = weights.bytes_of(_elements(region))
+            size = weights.bytes_of(elements_of(region))
             self._bytes += size
             done += size
             if self._progress is not None:
@@ -481,9 +388,9 @@ class _Run:
                 visit(x, g)
             else:
                 self._visit_pieces(visit, region, x, g)
-                self._bytes += self._weights.bytes_of(_elements(region))
+                self._bytes += self._weights.bytes_of(elements_of(region))
             del x  # before the next window is mapped
-            size = _elements(region) * itemsize
+            size = elements_of(region) * itemsize
             if updates is not None and g is not None:
                 updates.write(region, g)
                 self._bytes += 2 * size
