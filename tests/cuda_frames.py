@@ -16,6 +16,7 @@ from cupy.cuda import nvrtc  # noqa: E402
 
 from actreg_dispatch.backends.cuda.counting import counting_kernels  # noqa: E402
 from actreg_dispatch.backends.cuda.kernels import kernels_of  # noqa: E402
+from actreg_dispatch.backends.cuda.row_norms import row_kernels_of  # noqa: E402
 from actreg_dispatch.backends.cuda.source import OPTIONS, preamble  # noqa: E402
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt  # noqa: E402
 
@@ -44,6 +45,7 @@ KERNELS = {
     if kernel is not None
 }
 KERNELS |= {kernel.name: kernel for kernel in counting_kernels(weighted=False)}
+KERNELS |= {kernel.name: kernel for kernel in row_kernels_of(NORMS["l2"])}
 COMPUTE = {"float16": "float", "bfloat16": "float", "float": "float", "double": "double"}
 
 

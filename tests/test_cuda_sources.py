@@ -17,6 +17,8 @@ def test_every_kind_of_kernel_is_found():
     for kind in sums | applies | ends:
         assert {f"actreg_{kind}", f"actreg_batch_{kind}"} <= KERNELS.keys()
     assert {"actreg_count", "actreg_count_vectors", "actreg_count_units"} <= KERNELS.keys()
+    rows = {f"{what}{kind}_l2" for what in ("sum", "apply") for kind in ("", "_certified")}
+    assert {f"actreg_rows_{kind}" for kind in rows | {"certify"}} <= KERNELS.keys()
 
 
 @pytest.mark.parametrize("architecture", [75, 80, 90, 120])

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from actreg_dispatch.backends.cuda.kernels import MAX_BLOCKS, grid, kernels_of
+from actreg_dispatch.backends.cuda.kernels import FEW_BLOCKS, MAX_BLOCKS, grid, kernels_of
 from actreg_dispatch.backends.cuda.passes import ADDERS
 from actreg_dispatch.backends.cuda.results import exact_outcome, results_of
 from actreg_dispatch.backends.cuda.source import (
@@ -44,6 +44,7 @@ from actreg_dispatch.sums.exact import Total, sum_of_words
 __all__ = ["RowKernels", "apply_to_rows", "row_kernels_of", "sum_of_rows"]
 
 LOADS = 4  # by a thread before it uses the first, and a group of a certified sum
+_TURNS = 4  # of a block, where there are many
 _SECTOR = 32  # bytes, the least that memory is read by
 
 _SUM_CERTIFIED = """
@@ -106,14 +107,14 @@ _SUM_CERTIFIED = """
         __syncthreads();
         {update}
     }}
-    const lane<double> doubts = {{doubt, 0.0}};
-    lane<double> both[2] = {{total, doubts}};
-    join_block(both[0]);
-    join_block(both[1]);
+    lane<float> doubts;  // by additions alone
+    doubts.join(doubt, 0.0);
+    join_block(total);
+    join_block(doubts);
     if (t == 0) {{
-        partials[3 * blockIdx.x] = both[0].hi;
-        partials[3 * blockIdx.x + 1] = both[0].lo;
-        partials[3 * blockIdx.x + 2] = both[1].hi;
+        partials[3 * blockIdx.x] = total.hi;
+        partials[3 * blockIdx.x + 1] = total.lo;
+        partials[3 * blockIdx.x + 2] = doubts.hi;
     }}"""
 
 # A sum that is too small to be certified is between 0 and twice the least that is not: what it lost
@@ -175,7 +176,8 @@ _UPDATE = """
         }}"""
 
 _CERTIFY = """
-    lane<double> total, doubts;
+    lane<double> total;
+    lane<float> doubts;
     for (ptrdiff_t b = threadIdx.x; b < blocks; b += THREADS) {{
         total.join(partials[3 * b], partials[3 * b + 1]);
         doubts.join(partials[3 * b + 2], 0.0);
@@ -183,7 +185,7 @@ _CERTIFY = """
     join_block(total);
     join_block(doubts);
     if (threadIdx.x == 0) {{
-        // A thread has the size of one row in MAX_BLOCKS, or in more.
+        // A thread has the sizes of a few rows, or, of many, of one in MAX_BLOCKS.
         const bracket ends = bracket_of(total, double(rows), 1, false, 0x1p18 / {max_blocks});
         const double above = ends.above + 2.0 * doubts.hi;
         bool is_certain = ends.holds && isfinite(above);
@@ -414,7 +416,8 @@ def apply_to_rows(
     most = THREADS * m.x.itemsize // _SECTOR if by_columns else THREADS
     team = min(most, 1 << (-(-length // LOADS) - 1).bit_length())
     last = (length - 1) // (LOADS * team) * (LOADS * team)
-    blocks = min(MAX_BLOCKS, -(-rows * team // THREADS))
+    turns = -(-rows * team // THREADS)  # of a block; some turns make up for what it does at its end
+    blocks = min(MAX_BLOCKS, max(min(FEW_BLOCKS, turns), -(-turns // _TURNS)))
     words = cupy.zeros(counters_of(weighted=w is not None) + 1, np.int64)
     words, waiting = words[:-1], words[-1:]
     partials, penalty = cupy.empty(3 * blocks, np.float64), cupy.empty((), compute)
