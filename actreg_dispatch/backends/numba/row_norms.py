@@ -162,7 +162,7 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
             below, above = ends[2 * k], ends[2 * k + 1]
             one = evaluate((below,), ones, ones, epsilon, np.float64)
             other = evaluate((above,), ones, ones, epsilon, np.float64)
-            size, more = one[0], other[0] - one[0]
+            size, more = min(one[0], other[0]), abs(other[0] - one[0])
             is_finite = math.isfinite(size)
             if is_finite:
                 total, error = two_sum(total, size)
