@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from actreg_dispatch import ActivationStatistics, ActivityRegularization
+from actreg_dispatch import ActivationStatistics, ActivityRegularization, norms
 from actreg_dispatch.oracle import exact_result, exact_row_result
 
 DTYPES = {
@@ -423,3 +423,28 @@ def test_pytorch_differentiates_norms_of_rows_further():
     unit = x.detach().numpy() / sizes
     expected = 0.3 * (v - unit * (unit @ v)[:, None]) / sizes / scales
     np.testing.assert_allclose(second.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_size_of_a_row_may_fall_as_its_sum_grows(monkeypatch, dtype):
+    monkeypatch.setattr(norms, "NORMS", dict(norms.NORMS))
+    norms.register_norm(
+        norms.Norm(
+            "inverse",
+            terms=(2,),
+            penalty=lambda lam, s: lam[0] / s[0],
+            coefficients=lambda lam, s: (s[0] * s[0],),
+            gradient=lambda x, lam, c: -((lam[0] + lam[0]) * x) / c[0],
+            guard=lambda s, epsilon: s[0] > epsilon,
+        )
+    )
+    x = random((300, 30), dtype)
+    found = []
+    for backend in ("numpy", "numba"):
+        g = np.ones_like(x)
+        reg = ActivityRegularization(0.3, "inverse", axis=-1, backend=backend)
+        found.append((reg.apply(x, g).tobytes(), g.tobytes(), reg.partial_sum(x)))
+    assert found[0] == found[1]
+    squares = [sum(Fraction(float(value)) ** 2 for value in row) for row in x]
+    sizes = [Fraction(1 / float(total)) for total in squares if total]
+    assert found[0][2].units == int(sum(sizes) * 2**3222)
