@@ -39,10 +39,19 @@ def prose_of(page):
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
+LIBRARIES = ("cupy", "jax", "keras", "torch")  # which are not installed for the tests
+
+
+def libraries_of(block):
+    """Return those of the libraries that a block takes."""
+    needs = r"^import {0}\b|KERAS_.*{0}"
+    return [each for each in LIBRARIES if re.search(needs.format(each), block, re.MULTILINE)]
+
+
 EXAMPLES = [
     pytest.param(
         block,
-        id=f"{page.stem}-{number}",
+        id="-".join([page.stem, str(number), *libraries_of(block)]),
         marks=[pytest.mark.cuda] if "import cupy" in block else [],
     )
     for page in PAGES
@@ -76,14 +85,13 @@ def test_all_blocks_of_code_are_of_a_kind_that_is_run(page):
 
 @pytest.mark.parametrize("block", EXAMPLES)
 def test_an_example_of_the_documents_runs(block, tmp_path, monkeypatch, python, request):
-    for library in ("cupy", "jax", "keras", "torch"):  # which are not installed for the tests
-        if re.search(rf"^import {library}\b|KERAS_.*{library}", block, re.MULTILINE):
-            required = library in request.config.getoption("--require-backend")
-            missing = not find_spec(library)
-            if library == "cupy":
-                missing = registry.why_unavailable("cupy")
-            if missing:
-                (pytest.fail if required else pytest.skip)(f"{library} is missing")
+    for library in libraries_of(block):
+        required = library in request.config.getoption("--require-backend")
+        missing = not find_spec(library)
+        if library == "cupy":
+            missing = registry.why_unavailable("cupy")
+        if missing:
+            (pytest.fail if required else pytest.skip)(f"{library} is missing")
     run(block, tmp_path, monkeypatch, python)
 
 
