@@ -340,6 +340,17 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[A
 # Traced arrays. ``number`` is the scale if it is known, which a float32 might not hold.
 
 
+def _arrays(*values: Any) -> list[Any]:
+    """Return what a rule is given as JAX arrays; of NumPy arrays and numbers JAX hands those on."""
+    as_they_are = type(None), jax.Array
+    return [
+        each
+        if isinstance(each, as_they_are) or getattr(each, "dtype", None) == jax.dtypes.float0
+        else jnp.asarray(each)
+        for each in values
+    ]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _penalty(options: Options, attached: bool, x: Any, w: Any) -> Any:
     """Return the penalty; weights, if any, have a gradient if they are ``attached``."""
@@ -347,6 +358,7 @@ def _penalty(options: Options, attached: bool, x: Any, w: Any) -> Any:
 
 
 def _forward(options: Options, attached: bool, x: Any, w: Any) -> tuple[Any, Any]:
+    x, w = _arrays(x, w)
     return _value(options, x, w), (x, w)
 
 
@@ -363,6 +375,7 @@ _penalty.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _value(options: Options, x: Any, w: Any) -> Any:
+    x, w = _arrays(x, w)
     if _is_concrete(x, w):
         return _at_once(_regularization(options), x, w)
     (value,) = _called_back(options, x, w)
@@ -374,6 +387,7 @@ def _evaluate(
     options: Options, number: float | None, x: Any, scale: Any, w: Any
 ) -> tuple[Any, Any]:
     """Return penalty and gradient; ``scale`` is what multiplies the gradient, about ``number``."""
+    x, scale, w = _arrays(x, scale, w)
     if _is_concrete(x, w) and (number is not None or _is_concrete(scale)):
         reg = _regularization(options)
         return _both_at_once(reg, x, w, float(scale) if number is None else number)
@@ -383,7 +397,7 @@ def _evaluate(
 
 @_value.defjvp
 def _value_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    (x, w), (dx, dw) = primals, tangents
+    (x, w), (dx, dw) = _arrays(*primals), _arrays(*tangents)
     value, gradient = _evaluate(options, 1.0, x, jnp.ones((), _compute_dtype(x)), w)
     return value, _slope(options, x, w, gradient, dx, dw)
 
@@ -392,7 +406,7 @@ def _value_jvp(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]
 def _evaluate_jvp(
     options: Options, number: float | None, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
-    (x, scale, w), (dx, dscale, dw) = primals, tangents
+    (x, scale, w), (dx, dscale, dw) = _arrays(*primals), _arrays(*tangents)
     compute = _compute_dtype(x)
     results = _evaluate(options, number, x, scale, w)
     _, gradient = _evaluate(options, 1.0, x, jnp.ones((), compute), w)

@@ -361,6 +361,35 @@ def test_penalty_and_gradient_are_differentiable(norm):
         assert_allclose(found[1], expected[1], rtol=1e-12)
 
 
+@norms
+def test_numpy_arrays_and_numbers_are_differentiated_as_jax_arrays(norm):
+    # of which JAX hands on to a rule what they are, neither traced nor arrays of its own
+    x, w, s = np.array([1.0, -2.0, 0.5]), np.array([0.5, 0.0, 2.0]), 0.7
+    reg = ActivityRegularization(0.1, norm)
+
+    def both(x, s, w):
+        penalty, gradient = reg.penalty_and_gradient(x, scale=s, weights=w)
+        return penalty + jnp.sum(gradient**3)
+
+    def alone(x, w):
+        return reg.penalty(x, weights=w)
+
+    def along(*inputs):
+        return jax.jvp(both, inputs, inputs)
+
+    for transformed, inputs in (
+        (jax.value_and_grad(reg.penalty), (x,)),
+        (jax.hessian(reg.penalty), (x,)),
+        (jax.value_and_grad(alone, (0, 1)), (x, w)),
+        (jax.value_and_grad(both, (0, 1, 2)), (x, s, w)),
+        (along, (x, s, w)),
+    ):
+        found, expected = transformed(*inputs), transformed(*map(jnp.asarray, inputs))
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for each, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert_same_bits(each, wanted)
+
+
 @pytest.mark.parametrize("size", [0.0, 1e-200, 1e200])
 def test_second_derivatives_of_l2_are_finite_at_zero_and_far_out(size):
     x = jnp.asarray([3.0, -4.0, 0.0]) * size
