@@ -26,8 +26,7 @@ is known. Of activations larger than memory, take the total first, and then what
 >>> import dask.array as da
 >>> import numpy as np
 >>> from actreg_dispatch import ActivityRegularization
->>> from actreg_dispatch.row_norms import row_axes
-from actreg_dispatch.runtime.threads import serially
+>>> from actreg_dispatch.runtime.threads import serially
 >>> reg = ActivityRegularization.l2(1.0)
 >>> activations = da.from_array(np.array([3.0, 0.0, 0.0, 4.0]), chunks=2)
 >>> total = reg.partial_sum(activations).compute()

@@ -69,22 +69,24 @@ def divided_axes(reduction: Reduction, ndim: int, name: str = "activations") -> 
     if reduction == "mean":
         return tuple(range(ndim))
     asked = reduction if isinstance(reduction, tuple) else (0,)
-    return axes_of(asked, ndim, f"reduction={reduction!r}", name)
+    return axes_of(asked, ndim, f"reduction={reduction!r}", "divides by the length of", name)
 
 
-def axes_of(asked: tuple[int, ...], ndim: int, option: str, name: str) -> tuple[int, ...]:
+def axes_of(
+    asked: tuple[int, ...], ndim: int, option: str, verb: str, name: str
+) -> tuple[int, ...]:
     """Return axes of activations of ``ndim`` axes, none of them negative.
 
     Raises
     ------
     ValueError
         If activations, which are called ``name``, do not have them, or one is named twice by the
-        ``option``.
+        ``option``, of which the ``verb`` says what it does with an axis.
     """
     for axis in asked:
         if not -ndim <= axis < ndim:
             raise ValueError(
-                f"{name} have {ndim or 'no'} axes, but {option} names axis {axis}; "
+                f"{name} have {ndim or 'no'} axes, but {option} {verb} axis {axis}; "
                 f"name axes that they have"
             )
     axes = tuple([axis % ndim for axis in asked])

@@ -86,7 +86,9 @@ def row_axes(norm: Norm, ndim: int, name: str = "activations") -> tuple[int, ...
     ValueError
         If activations, which are called ``name``, do not have them.
     """
-    return () if norm.axis is None else axes_of(norm.axis, ndim, f"axis={norm.axis!r}", name)
+    if norm.axis is None:
+        return ()
+    return axes_of(norm.axis, ndim, f"axis={norm.axis!r}", "reaches along", name)
 
 
 def rows_of(array: Any, norm: RowNorm) -> Any:
