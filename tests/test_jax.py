@@ -25,8 +25,12 @@ from actreg_dispatch.oracle import exact_result
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-import actreg_dispatch.jax as actreg_jax  # noqa: E402  # where there is a jax to import
+# Where there is a jax to import.
+import actreg_dispatch.jax as actreg_jax  # noqa: E402
 from actreg_dispatch import get_backend  # noqa: E402
+from actreg_dispatch.jax import callbacks as actreg_callbacks  # noqa: E402
+from actreg_dispatch.jax import rules as actreg_rules  # noqa: E402
+from actreg_dispatch.jax import values as actreg_values  # noqa: E402
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
 dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -52,10 +56,10 @@ def _float64():
 def callbacks(request, monkeypatch):
     """Run callbacks on XLA's buffers, and, as on devices other than the CPU, on values."""
     if request.param == "values":
-        monkeypatch.setattr(actreg_jax, "buffer_callback", None)
-    actreg_jax._callback.cache_clear()
+        monkeypatch.setattr(actreg_callbacks, "buffer_callback", None)
+    actreg_callbacks._callback.cache_clear()
     yield request.param
-    actreg_jax._callback.cache_clear()
+    actreg_callbacks._callback.cache_clear()
 
 
 def values_of(shape, dtype, seed=0):
@@ -260,7 +264,7 @@ print("done")
 
 
 def test_arrays_that_have_values_take_no_callback(monkeypatch):
-    monkeypatch.setattr(actreg_jax, "_called_back", None)
+    monkeypatch.setattr(actreg_rules, "called_back", None)
     reg, x = ActivityRegularization.l2(1.0), jnp.asarray([3.0, 4.0])
     assert float(reg.penalty(x)) == 5.0
     assert jax.grad(reg.penalty)(x).tolist() == [0.6, 0.8]
@@ -569,7 +573,7 @@ def test_a_backend_that_cannot_run_is_told_while_tracing(monkeypatch, registered
 
 
 def test_where_numba_cannot_keep_subnormals_traced_arrays_are_refused(monkeypatch):
-    actreg_jax._callback.cache_clear()
+    actreg_callbacks._callback.cache_clear()
     monkeypatch.setitem(sys.modules, "actreg_dispatch.runtime.subnormals", None)
     reg, x = ActivityRegularization.l1(1.0, backend="numpy"), jnp.ones(5)
     with pytest.raises(BackendUnavailableError, match=r"flush subnormal.*outside of jit"):
@@ -814,7 +818,7 @@ def test_a_mask_has_no_gradient():
 
 
 def test_weights_that_are_not_differentiated_cost_no_derivative(monkeypatch):
-    monkeypatch.setattr(actreg_jax, "_weights_gradient", None)
+    monkeypatch.setattr(actreg_rules, "_weights_gradient", None)
     reg, w = ActivityRegularization.l1(0.1), jnp.asarray([1.0, 2.0])
     assert jax.grad(lambda x: reg.penalty(x, weights=w))(jnp.ones(2)).tolist() == [0.1, 0.2]
 
@@ -928,7 +932,7 @@ class OfCuPy:
 
 def test_arrays_on_a_cuda_device_go_to_cupy_and_back_by_dlpack(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(from_dlpack=OfCuPy))
-    monkeypatch.setattr(actreg_jax, "_is_for_cupy", lambda reg, array: True)
+    monkeypatch.setattr(actreg_values, "_is_for_cupy", lambda reg, array: True)
     seen = []
 
     def called(name, *results):
@@ -943,8 +947,8 @@ def test_arrays_on_a_cuda_device_go_to_cupy_and_back_by_dlpack(monkeypatch):
         penalty_and_gradient=called("both", OfCuPy(3.0), OfCuPy([1.0, 4.0])),
     )
     x, w = jnp.ones(2), jnp.ones(2)
-    value = actreg_jax._at_once(reg, x, None)
-    both = actreg_jax._both_at_once(reg, x, w, 0.5)
+    value = actreg_values.at_once(reg, x, None)
+    both = actreg_values.both_at_once(reg, x, w, 0.5)
     assert all(isinstance(each, jax.Array) for each in (value, *both))
     assert [each.tolist() for each in (value, *both)] == [2.0, 3.0, [1.0, 4.0]]
     assert seen == [
@@ -961,15 +965,15 @@ def test_which_arrays_go_to_cupy(monkeypatch):
         )
 
     reg = ActivityRegularization.l1(0.1)
-    monkeypatch.setattr(actreg_jax, "why_unavailable", lambda name: "")
-    assert actreg_jax._is_for_cupy(reg, array("gpu"))
-    assert not actreg_jax._is_for_cupy(reg, array("cpu"))
-    assert not actreg_jax._is_for_cupy(reg, array("gpu", devices=2))
-    assert not actreg_jax._is_for_cupy(reg, array("gpu", dtype="bfloat16"))
+    monkeypatch.setattr(actreg_values, "why_unavailable", lambda name: "")
+    assert actreg_values._is_for_cupy(reg, array("gpu"))
+    assert not actreg_values._is_for_cupy(reg, array("cpu"))
+    assert not actreg_values._is_for_cupy(reg, array("gpu", devices=2))
+    assert not actreg_values._is_for_cupy(reg, array("gpu", dtype="bfloat16"))
     with use_backend("numpy"):
-        assert not actreg_jax._is_for_cupy(reg, array("gpu"))
-    monkeypatch.setattr(actreg_jax, "why_unavailable", lambda name: "no device")
-    assert not actreg_jax._is_for_cupy(reg, array("gpu"))
+        assert not actreg_values._is_for_cupy(reg, array("gpu"))
+    monkeypatch.setattr(actreg_values, "why_unavailable", lambda name: "no device")
+    assert not actreg_values._is_for_cupy(reg, array("gpu"))
 
 
 def test_results_are_where_the_activations_are_and_a_sharded_array_is_taken_as_a_whole(python):
