@@ -268,7 +268,7 @@ def test_axes_that_mean_nothing_are_refused(norm, axis, message):
     [
         (
             2,
-            r"activations have 2 axes, but axis=\(2,\) reaches along axis 2; name axes that they have",
+            r"have 2 axes, but axis=\(2,\) reaches along axis 2; name axes that they have",
         ),
         (-3, "reaches along axis -3"),
         ((1, -1), "names an axis of activations twice"),
