@@ -26,7 +26,7 @@ PACKAGES = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}
 FAST = re.compile("actreg_(batch_|rows_)?((sum|apply)_certified|update|count)")
 LIMIT = 64  # registers of a thread: so four blocks fit on a multiprocessor
 # A pass over rows keeps elements and their places: three blocks fit, two of float64.
-ROWS_LIMIT = {"float16": 80, "bfloat16": 80, "float": 80, "double": 96}
+ROWS_LIMIT = {"float16": 80, "bfloat16": 80, "float": 80, "double": 128}
 # Those that the package can launch. Exact sums of 16-bit dtypes differ from those of float32 in the
 # load alone, and what evaluates them knows float32 and float64 only.
 PACKAGED = {
