@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from actreg_dispatch import ActivationStatistics, ActivityRegularization, norms
+from actreg_dispatch import ActivationStatistics, ActivityRegularization, get_backend, norms
 from actreg_dispatch.oracle import exact_result, exact_row_result
 
 DTYPES = {
@@ -451,3 +451,17 @@ def test_the_size_of_a_row_may_fall_as_its_sum_grows(monkeypatch, dtype):
     squares = [sum(Fraction(float(value)) ** 2 for value in row) for row in x]
     sizes = [Fraction(1 / float(total)) for total in squares if total]
     assert found[0][2].units == int(sum(sizes) * 2**3222)
+
+
+def test_sums_of_few_bits_need_no_exact_sum(monkeypatch):
+    # Squares of float32 numbers have 48 bits, so their sums are often half way between two of 53.
+    backend = type(get_backend("numba"))
+    x = random((500, 16), np.float32).astype(np.float64)
+    g, expected = np.ones_like(x), exact_row_result(x, np.ones_like(x), 0.3, (1,))
+
+    def refuse(*arguments):
+        raise AssertionError("an exact sum was taken")
+
+    monkeypatch.setattr(backend, "partial_sum", refuse)
+    assert ActivityRegularization.l2(0.3, axis=-1).apply(x, g) == expected[0]
+    assert_array_equal(g, expected[1])

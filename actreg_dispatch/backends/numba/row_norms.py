@@ -39,6 +39,7 @@ from actreg_dispatch.backends.numba.rows import (
     named,
     no_gradient,
     no_update,
+    rounded_tile,
     store_of,
     summing_of,
     update_only,
@@ -49,7 +50,13 @@ from actreg_dispatch.norms import L1, Norm
 from actreg_dispatch.options import Constants
 from actreg_dispatch.row_norms import RowNorm, outcome_of_row
 from actreg_dispatch.runtime.threads import interrupts_wait
-from actreg_dispatch.sums.certified import anchored_bound, merge_pairs, merge_totals, two_sum
+from actreg_dispatch.sums.certified import (
+    ANCHORED_TERMS,
+    anchored_bound,
+    merge_pairs,
+    merge_totals,
+    two_sum,
+)
 from actreg_dispatch.sums.exact import PartialSum, Total, outcome_of
 
 __all__ = ["apply_to_rows", "rows_function", "sum_of_rows"]
@@ -121,7 +128,15 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
         hi, lo = sum_of(x, w, length, w_step)
         if math.isfinite(hi):
             margin = 2.0 * bound * hi  # twice, as in certified_one
-            return hi + (lo - margin), hi + (lo + margin)
+            below, above = hi + (lo - margin), hi + (lo + margin)
+            if anchored and below != above and length <= ANCHORED_TERMS:
+                xs = _elements_at(element, x, length, itemsize)
+                ws = weights_at(real, w, length, w_step)
+                exponent = largest_of(xs, ws, first)
+                total, is_exact = rounded_tile(xs, ws, exponent, first, element_of)
+                if is_exact:
+                    return total, total
+            return below, above
         xs, ws = _elements_at(element, x, length, itemsize), weights_at(real, w, length, w_step)
         special = 0.0
         for j in range(length):

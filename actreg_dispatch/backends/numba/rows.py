@@ -56,6 +56,7 @@ __all__ = [
     "no_gradient",
     "no_update",
     "plus",
+    "rounded_tile",
     "set_gradient",
     "square",
     "store_of",
@@ -304,6 +305,27 @@ def _sum_tile(xs, gs, ws, exponent, magnitude, element_of, update, gradient, lam
     if LOWEST_EXPONENT <= exponent <= HIGHEST_EXPONENT:
         return two_sum(total, rest)
     return math.inf, 0.0
+
+
+@register_jitable
+def rounded_tile(xs, ws, exponent, magnitude, element_of):  # type: ignore[no-untyped-def]
+    """Return the sum of a tile, and whether it is exact but for one rounding.
+
+    It is if every term is a multiple of 2ᵉ⁻⁸⁶: then so are the remainders, whose sum is below
+    2ᵉ⁻³³ and needs at most 53 bits. So it is with numbers of few bits, whose sums may be half way
+    between two numbers of binary64, where no bracket decides.
+    """
+    anchor, unit = power_of_two(exponent + 10), 1.5 * power_of_two(exponent - 34)
+    total, rest, inexact = 0.0, 0.0, 0
+    for j in range(xs.size):
+        value, each = element_of(xs, ws, j)
+        term, excess = magnitude(np.float64(value), np.float64(each))
+        high = (term + anchor) - anchor
+        low = term - high
+        inexact += excess != 0.0 or (low + unit) - unit != low
+        total += high
+        rest += low
+    return total + rest, inexact == 0
 
 
 @register_jitable
