@@ -186,7 +186,8 @@ class Backend(ABC):
         """Return the penalty of many rows, and add their gradient to any gradients, or None.
 
         The axes of a row, as many as ``norm.axis`` names, are the last ones; ``norm`` is a
-        :class:`~actreg_dispatch.row_norms.RowNorm`. Where None is returned, nothing is written.
+        :class:`~actreg_dispatch.row_norms.RowNorm`. Where None is returned, nothing is written; the
+        weights are checked then, and one row is done after the other.
         """
         return None
 

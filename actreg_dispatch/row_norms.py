@@ -127,10 +127,13 @@ class RowsBackend(Backend):
 
     def partial_sum(self, activations: Any, norm: Any, weights: Any = None) -> Total:
         """Return the sum of the sizes of all rows, exactly."""
-        check_weight_values(weights)
-        x, w = (None if each is None else rows_of(each, norm) for each in (activations, weights))
+        x: Any = rows_of(activations, norm)
+        w = None if weights is None else rows_of(weights, norm)
         found = self._backend.sum_of_rows(x, norm, w)
-        return self._one_by_one(x, None, norm, _NOTHING, w) if found is None else found
+        if found is None:
+            check_weight_values(weights)
+            return self._one_by_one(x, None, norm, _NOTHING, w)
+        return found
 
     def penalty(
         self,
@@ -178,7 +181,6 @@ class RowsBackend(Backend):
     ) -> Any:
         x: Any = rows_of(activations, norm)
         g, w = (None if each is None else rows_of(each, norm) for each in (gradients, weights))
-        check_weight_values(weights)
         if len(norm.axis) == x.ndim:  # a single row
             of_row, one = norm.of_row, self._backend
             if g is None:
@@ -186,6 +188,7 @@ class RowsBackend(Backend):
             return one.apply(x, g, of_row, constants, **given(w, statistics))
         found = self._backend.apply_to_rows(x, g, norm, constants, w)
         if found is None:
+            check_weight_values(weights)
             total = self._one_by_one(x, g, norm, constants, w)
             real = COMPUTE_DTYPES[x.dtype].type
             found = real(outcome_of(total, norm, constants).penalty)

@@ -453,6 +453,18 @@ def test_the_size_of_a_row_may_fall_as_its_sum_grows(monkeypatch, dtype):
     assert found[0][2].units == int(sum(sizes) * 2**3222)
 
 
+@pytest.mark.parametrize("tiny", [0.0, 1e-200, 2.0**-480, 1e-300, 2.0**-55])
+def test_a_tie_is_none_if_anything_is_added(backend, tiny):
+    # Of each pair the sum of squares is half way between two numbers of binary64; that to even is
+    # the lower one, and the other's root is another number.
+    pairs = [(115261238, 1983), (128775227, 286), (111717461, 1864), (117065426, 967)]
+    x = np.array([[first, tiny, second] for first, second in pairs])
+    ones = np.ones(3)
+    for scale in (1.0, 2.0**-190, 2.0**-230, 2.0**-300, 2.0**200):
+        check(backend, scale * x, -1, epsilon=0.0)
+        check(backend, scale * x, -1, epsilon=0.0, weights=ones)
+
+
 def test_sums_of_few_bits_need_no_exact_sum(monkeypatch):
     # Squares of float32 numbers have 48 bits, so their sums are often half way between two of 53.
     backend = type(get_backend("numba"))

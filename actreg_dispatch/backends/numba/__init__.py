@@ -125,7 +125,7 @@ class NumbaBackend(Backend):
         Bad weights are not refused, but then the sums are NaN.
         """
         weighted = weights is not None
-        bad, large = _bad_and_large(weights)
+        is_undecided = _needs_care(activations, weights)
         if gradients is None:
             call = call_of(activations, activations, weights)
             function = summing(norm, activations.dtype, call.dense, weighted)
@@ -135,7 +135,6 @@ class NumbaBackend(Backend):
             call = call_of(activations, gradients, weights, norm, constants)
             function = updating(norm, activations.dtype, call.dense, weighted=weighted)
         found = run(call, function)[: 2 * len(norm.terms)]
-        is_undecided = bad or (large and activations.dtype == FLOAT64)
         return (math.nan,) * len(found) if is_undecided else found
 
     def overwrite(
@@ -174,7 +173,7 @@ class NumbaBackend(Backend):
         weights: Array | None = None,
     ) -> Any:
         """Return the penalty of many rows, and add the gradient to any gradients."""
-        if _bad_and_large(weights)[1] and activations.dtype == FLOAT64:
+        if _needs_care(activations, weights):
             return None
         return row_norms.apply_to_rows(self, activations, gradients, norm, constants, weights)
 
@@ -182,7 +181,7 @@ class NumbaBackend(Backend):
         self, activations: Array, norm: RowNorm, weights: Array | None = None
     ) -> Total | None:
         """Return the exact sum of the sizes of many rows."""
-        if _bad_and_large(weights)[1] and activations.dtype == FLOAT64:
+        if _needs_care(activations, weights):
             return None
         return row_norms.sum_of_rows(self, activations, norm, weights)
 
@@ -313,6 +312,12 @@ def _bad_and_large(weights: Array | None) -> tuple[bool, bool]:
     w = each_once(weights)
     bad, large = run(call_of(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:][:2]
     return bool(bad), bool(large)
+
+
+def _needs_care(activations: Array, weights: Array | None) -> bool:
+    """Return whether some weights are bad, or such that quick sums decide nothing."""
+    bad, large = _bad_and_large(weights)
+    return bad or (large and activations.dtype == FLOAT64)
 
 
 def _whole(

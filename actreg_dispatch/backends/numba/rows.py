@@ -228,6 +228,8 @@ def named(function: Any, *key: Any) -> Any:
     return function
 
 
+_LEAST_EXACT = -400  # exponent of the largest term of a tile that is summed without an error
+
 # Rows: update the gradients along one axis and add the magnitudes to the total, which is a sum in
 # a pair (hi, lo), or two sums.
 
@@ -311,21 +313,25 @@ def _sum_tile(xs, gs, ws, exponent, magnitude, element_of, update, gradient, lam
 def rounded_tile(xs, ws, exponent, magnitude, element_of):  # type: ignore[no-untyped-def]
     """Return the sum of a tile, and whether it is exact but for one rounding.
 
-    It is if every term is a multiple of 2ᵉ⁻⁸⁶: then so are the remainders, whose sum is below
-    2ᵉ⁻³³ and needs at most 53 bits. So it is with numbers of few bits, whose sums may be half way
-    between two numbers of binary64, where no bracket decides.
+    So it is with numbers of few bits, whose sums may be half way between two of binary64, where no
+    bracket decides: if every term, the square in it too, is a product without an error, and a
+    multiple of 2ᵉ⁻⁸⁶. Then so are the remainders, whose sum is below 2ᵉ⁻³³ and needs at most 53
+    bits. Where e is ``_LEAST_EXACT`` or more, no error of such a term is lost to underflow.
     """
     anchor, unit = power_of_two(exponent + 10), 1.5 * power_of_two(exponent - 34)
     total, rest, inexact = 0.0, 0.0, 0
     for j in range(xs.size):
         value, each = element_of(xs, ws, j)
-        term, excess = magnitude(np.float64(value), np.float64(each))
+        value, each = np.float64(value), np.float64(each)
+        term, excess = magnitude(value, each)
         high = (term + anchor) - anchor
         low = term - high
-        inexact += excess != 0.0 or (low + unit) - unit != low
+        has_vanished = term == 0.0 and value != 0.0
+        is_multiple = (low + unit) - unit == low
+        inexact += has_vanished or excess != 0.0 or square(value, each)[1] != 0.0 or not is_multiple
         total += high
         rest += low
-    return total + rest, inexact == 0
+    return total + rest, inexact == 0 and exponent >= _LEAST_EXACT
 
 
 @register_jitable
