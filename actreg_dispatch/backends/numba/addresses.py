@@ -38,7 +38,7 @@ __all__ = [
     "dense_row",
     "new_block",
     "new_call",
-    "new_ends",
+    "new_rows",
     "new_total",
     "new_totals",
     "plan_at",
@@ -49,7 +49,7 @@ _LAMS = ctypes.c_double * MOST_LAMS
 SUMS = 4  # numbers that sums take: a pair (hi, lo) for each
 TOTALS = SUMS + 3  # and how many elements were counted, how many were not 0, and the largest
 BLOCK = PLAIN_TERMS  # elements that one thread does at a time
-ROWS = 64  # in a block at most, where a norm is one of rows
+ROWS = 128  # in a block at most, where a norm is one of rows
 SHARES = 256  # of a call, which threads take in turn
 
 
@@ -176,7 +176,7 @@ def _on_the_stack(size: int, zeros: bool = True) -> Any:
 
 new_call, new_total = _on_the_stack(ctypes.sizeof(Call) // 8), _on_the_stack(TOTALS)
 new_totals, new_block = _on_the_stack(SHARES * TOTALS), _on_the_stack(BLOCK, zeros=False)
-new_ends = _on_the_stack(2 * ROWS, zeros=False)
+new_rows = _on_the_stack(4 * ROWS, zeros=False)
 
 
 @intrinsic

@@ -29,7 +29,7 @@ from actreg_dispatch.backends.numba.addresses import (
     Call,
     call_at,
     dense_row,
-    new_ends,
+    new_rows,
     strided_row,
 )
 from actreg_dispatch.backends.numba.bits import bits_of
@@ -42,6 +42,7 @@ from actreg_dispatch.backends.numba.rows import (
     named,
     no_gradient,
     no_update,
+    plus,
     rounded_tile,
     store_of,
     summing_of,
@@ -58,7 +59,6 @@ from actreg_dispatch.sums.certified import (
     anchored_bound,
     merge_pairs,
     merge_totals,
-    two_sum,
 )
 from actreg_dispatch.sums.exact import PartialSum, Total, outcome_of
 
@@ -76,7 +76,8 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
     It is a block function, of a call whose pieces are rows. It adds no gradient where the call has
     no gradients, and leaves the size of each row where there is room. A row is marked as undecided
     whose gradient is not certain, or, if sizes are wanted, whose size is not. The total is the sum
-    of the sizes that are finite, a pair, how much more it may be, and the sum of the others.
+    of the sizes that are finite, a pair, how much more it may be, and the sum of the others, which
+    are left as 0.
     """
     key = norm.source, dtype, anchored, weighted
 
@@ -91,6 +92,7 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
     element, itemsize = bits_of(dtype).type, dtype.itemsize
     real: Any = COMPUTE_DTYPES[dtype].type
     ones, store = (1.0,) * norm.n_lams, store_of(TOTALS)
+    sum_sizes, _, _, size_of, _, size_at, largest_size = summing_of(L1.terms, FLOAT64)
     weights_at = _weights_at if weighted else _no_weights
 
     @inline
@@ -116,6 +118,7 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
             while length >= _FEW:
                 total = sum_piece(x, w, _FEW, w_step, total)
                 x, w, length = x + _FEW * itemsize, w + _FEW * w_step, length - _FEW
+            return sum_piece(x, w, length, w_step, total)
         count = min(length, BLOCK)
         total = sum_piece(x, w, count, w_step, total)
         while length > count:
@@ -167,38 +170,43 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
         count = min(call.pieces_per_block, call.all_pieces - first_row)
         x, g = call.activations + first_row * x_row, call.gradients + first_row * g_row
         w = call.weights + first_row * w_row
-        ends = dense_row(np.float64, new_ends(), 2 * count, 8)
+        found = dense_row(np.float64, new_rows(), 4 * ROWS, 8)  # one array, or no vectors are used
         for k in range(count):
-            ends[2 * k], ends[2 * k + 1] = bracket_of(
+            found[k], found[ROWS + k] = bracket_of(
                 x + k * x_row, w + k * w_row, length, w_step, bound
             )
-        wanted = call.sizes != 0
-        sizes = dense_row(np.float64, call.sizes + 8 * first_row, count, 8)
-        undecided = dense_row(np.uint8, call.undecided + first_row, count, 1)
-        total, rest, doubt, special = 0.0, 0.0, 0.0, 0.0
+        writes, keeps_sizes, doubt, special = call.gradients != 0, call.sizes != 0, 0.0, 0.0
         for k in range(count):
-            below, above = ends[2 * k], ends[2 * k + 1]
-            one = evaluate((below,), ones, ones, epsilon, np.float64)
-            other = evaluate((above,), ones, ones, epsilon, np.float64)
+            one = evaluate((found[k],), ones, ones, epsilon, np.float64)
+            other = evaluate((found[ROWS + k],), ones, ones, epsilon, np.float64)
             size, more = min(one[0], other[0]), abs(other[0] - one[0])
             is_finite = math.isfinite(size)
-            if is_finite:
-                total, error = two_sum(total, size)
-                rest += error
-                doubt += more
-            else:
-                special += size
-            if wanted:
-                sizes[k] = size
-                undecided[k] = more > 0.0
-            if call.gradients != 0:
-                c = load_c(one[1], real)
-                at_other_end = 0.0, load_c(other[1], real), other[2]
-                certain = not is_finite or agree((0.0, c, one[2]), at_other_end)
-                undecided[k] = not certain
-                if certain and one[2]:
+            found[2 * ROWS + k] = size if is_finite else 0.0
+            doubt = plus(doubt, more if is_finite else 0.0)
+            special = plus(special, 0.0 if is_finite else size)
+            at_one_end = 0.0, load_c(one[1], real), one[2]
+            at_other_end = 0.0, load_c(other[1], real), other[2]
+            certain = not is_finite or agree(at_one_end, at_other_end)
+            found[3 * ROWS + k] = 0.0 if (certain if writes else not more > 0.0) else 1.0
+        if writes or keeps_sizes:
+            undecided = dense_row(np.uint8, call.undecided + first_row, count, 1)
+            for k in range(count):
+                undecided[k] = found[3 * ROWS + k] != 0.0
+        if keeps_sizes:
+            sizes = dense_row(np.float64, call.sizes + 8 * first_row, count, 8)
+            for k in range(count):
+                sizes[k] = found[2 * ROWS + k]
+        if writes:
+            for k in range(count):
+                one = evaluate((found[k],), ones, ones, epsilon, np.float64)
+                if one[2] and found[3 * ROWS + k] == 0.0:
+                    c = load_c(one[1], real)
                     update(x + k * x_row, g + k * g_row, w + k * w_row, length, w_step, lam, c)
-        total, rest = two_sum(total, rest)
+        finite = found[2 * ROWS : 2 * ROWS + count]
+        total, rest = sum_sizes(
+            *(finite, finite, finite, (0.0, 0.0), size_of, size_of, size_at, largest_size),
+            *(no_update, no_gradient, ones, ones),
+        )
         store(dense_row(np.float64, there, TOTALS, 8), (total, rest, doubt, 0.0, special, 0.0, 0.0))
         return 0
 
@@ -261,11 +269,12 @@ def sum_of_rows(backend: Backend, x: Array, norm: RowNorm, w: Array | None) -> T
     total = PartialSum(1, FLOAT64)
     for xs, _, ws in _matrices(x, None, w, len(norm.axis)):
         sizes = np.empty(len(xs))
-        _, undecided = _run(xs, None, ws, of_row, _NOTHING, sizes)
+        found, undecided = _run(xs, None, ws, of_row, _NOTHING, sizes)
         for row in np.flatnonzero(undecided).tolist():
             exact = backend.partial_sum(xs[row], of_row, None if ws is None else ws[row])
             sizes[row] = outcome_of_row(exact, of_row, 0.0).penalty
         total += backend.partial_sum(sizes, L1)  # type: ignore[assignment]
+        total += PartialSum(1, FLOAT64, 0, found[SUMS])
     return replace(total, dtype=compute)
 
 
