@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from actreg_dispatch import dispatch
+from actreg_dispatch.constructors import Constructors
 from actreg_dispatch.layers import Penalties, apply_all
 from actreg_dispatch.norms import NORMS, ActivityNorm, named_norm
 from actreg_dispatch.options import (
@@ -37,7 +38,7 @@ __all__ = ["ActivityRegularization", "check_regularization"]
 Strength = float | tuple[float, ...]
 
 
-class ActivityRegularization(Piecewise):
+class ActivityRegularization(Constructors, Piecewise):
     r"""A penalty on the size of a layer's activations.
 
     Which size, and what its gradient is, says the norm: see :class:`ActivityNorm` for those that
@@ -116,66 +117,6 @@ class ActivityRegularization(Piecewise):
         if backend is not None:
             backend = check_name(backend, f"backend={backend!r}")
         self._dispatcher = dispatch.Dispatcher(Options(lam, found, epsilon, reduction, backend))
-
-    @classmethod
-    def l1(
-        cls, lam: float, *, reduction: Reduction | int = "sum", backend: str | None = None
-    ) -> ActivityRegularization:
-        """Return the L1 regularization: P(x) = λ·Σ|xᵢ|, gradient λ·sign(xᵢ)."""
-        return cls(lam, ActivityNorm.L1, reduction=reduction, backend=backend)
-
-    @classmethod
-    def l2(
-        cls,
-        lam: float,
-        *,
-        epsilon: float | None = None,
-        reduction: Reduction | int = "sum",
-        axis: int | tuple[int, ...] | None = None,
-        backend: str | None = None,
-    ) -> ActivityRegularization:
-        """Return the L2 regularization, the norm: P(x) = λ·√(Σxᵢ²), gradient (λ·xᵢ)/‖x‖.
-
-        With ``axis``, the sum of the norms of all rows along it, P(x) = λ·Σ‖row‖; ‖x‖ in the
-        gradient is that of the row of xᵢ.
-        """
-        options: Any = {"epsilon": epsilon, "reduction": reduction, "axis": axis}
-        return cls(lam, ActivityNorm.L2, backend=backend, **options)
-
-    @classmethod
-    def l2_squared(
-        cls, lam: float, *, reduction: Reduction | int = "sum", backend: str | None = None
-    ) -> ActivityRegularization:
-        """Return the squared L2 regularization, Keras' "L2": P(x) = λ·Σxᵢ², gradient (λ·2)·xᵢ."""
-        return cls(lam, ActivityNorm.L2_SQUARED, reduction=reduction, backend=backend)
-
-    @classmethod
-    def l1_l2(
-        cls,
-        l1: float = 0.0,
-        l2_squared: float = 0.0,
-        *,
-        reduction: Reduction | int = "sum",
-        backend: str | None = None,
-    ) -> ActivityRegularization:
-        """Return both in one pass.
-
-        With ``reduction="batch"`` it is what ``keras.layers.ActivityRegularization(l1, l2)`` adds.
-        P(x) = l1·Σ|xᵢ| + l2_squared·Σxᵢ², gradient l1·sign(xᵢ) + (l2_squared·2)·xᵢ.
-        """
-        lam = check_number("l1", l1), check_number("l2_squared", l2_squared)
-        return cls(lam, ActivityNorm.L1_L2_SQUARED, reduction=reduction, backend=backend)
-
-    @classmethod
-    def hoyer(
-        cls, lam: float, *, reduction: Reduction | int = "sum", backend: str | None = None
-    ) -> ActivityRegularization:
-        """Return the Hoyer-square, which is scale-free: P(x) = λ·(Σ|xᵢ|)²/Σxᵢ².
-
-        The gradient is 2λr·(sign(xᵢ) − r·xᵢ) with r = Σ|xᵢ|/Σxᵢ² (Yang, Wen and Li, "DeepHoyer",
-        ICLR 2020); 0, and nothing is added, where all x are 0.
-        """
-        return cls(lam, ActivityNorm.HOYER, reduction=reduction, backend=backend)
 
     @classmethod
     def from_options(cls, options: Options) -> ActivityRegularization:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -245,7 +246,7 @@ def apply_to_rows(
     exactly.
     """
     compute, size, total = COMPUTE_DTYPES[x.dtype], math.prod(x.shape), (0.0,) * TOTALS
-    with interrupts_wait():
+    with nullcontext() if g is None else interrupts_wait():
         for xs, gs, ws in _matrices(x, g, w, len(norm.axis)):
             found, undecided = _run(xs, gs, ws, norm.of_row, constants)
             for row in np.flatnonzero(undecided).tolist():
