@@ -25,6 +25,7 @@ __all__ = [
     "multiply_add",
     "narrow",
     "power_of_two",
+    "select",
     "value_of",
     "weighted_counts_of",
     "widen",
@@ -116,6 +117,16 @@ def multiply_add(typingctx, a, b, c):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def select(typingctx, condition, a, b):  # type: ignore[no-untyped-def]
+    """Return ``a`` if a bool holds, else ``b``, which is of its type: both, and no branch."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.select(*arguments)
+
+    return a(types.boolean, a, a), generate
+
+
+@intrinsic
 def _magnitude_bits(typingctx, value):  # type: ignore[no-untyped-def]
     """Return the bits of a number but its sign, unsigned: in the order of the magnitudes."""
     width = value.bitwidth
@@ -178,25 +189,31 @@ def extremes(xs):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def counts_of(xs):  # type: ignore[no-untyped-def]
-    """Return how many elements are not 0, and the largest magnitude."""
-    largest, nonzero = _magnitude_bits(xs[0]), 0
+    """Return how many elements are not 0, and the largest magnitude.
+
+    They are counted by integers as wide as an element, which hold the number of a block.
+    """
+    largest = _magnitude_bits(xs[0])
+    word = type(largest)
+    nonzero = word(0)
     for j in range(xs.size):
         magnitude = _magnitude_bits(xs[j])
         largest = max(largest, magnitude)
-        nonzero += magnitude != 0
-    return nonzero, value_of(_as_number(xs[0], largest))
+        nonzero = word(nonzero + (magnitude != 0))
+    return int(nonzero), value_of(_as_number(xs[0], largest))
 
 
 @register_jitable
 def weighted_counts_of(xs, ws):  # type: ignore[no-untyped-def]
     """Do :func:`counts_of` for elements whose weight is not 0, of which there are so many."""
-    largest, nonzero, kept = 0, 0, 0
+    word = type(_magnitude_bits(xs[0]))
+    largest, nonzero, kept = word(0), word(0), word(0)
     for j in range(xs.size):
-        magnitude = as_int(abs(value_of(xs[j]))) if ws[j] != 0 else 0
+        magnitude = select(ws[j] != 0, _magnitude_bits(xs[j]), word(0))
         largest = max(largest, magnitude)
-        nonzero += magnitude != 0
-        kept += ws[j] != 0
-    return kept, nonzero, as_float(largest)
+        nonzero = word(nonzero + (magnitude != 0))
+        kept = word(kept + (ws[j] != 0))
+    return int(kept), int(nonzero), value_of(_as_number(xs[0], largest))
 
 
 @register_jitable

@@ -84,7 +84,6 @@ def block_function(
     summing = summing_of(terms, dtype, weighted)
     sum_row, zero, _, first_term, second_term, element_of, largest_of = summing
     *_, element_of_one, largest_of_one = summing_of(terms, dtype, ONE)
-    *_, element_of_one, largest_of_one = summing_of(terms, dtype, ONE)
     n_lams, n_coefficients = (norm.n_lams, norm.n_coefficients) if norm else (0, 0)
     load_lam, load_c, store = load_of(n_lams), load_of(n_coefficients), store_of(TOTALS)
     update = (set_gradient if overwrites else add_gradient) if norm else no_update

@@ -29,6 +29,7 @@ from actreg_dispatch.backends.numba.bits import (
     multiply_add,
     narrow,
     power_of_two,
+    select,
     widen,
 )
 from actreg_dispatch.dtypes import FLOAT64
@@ -81,7 +82,7 @@ def _without(x, w, j):  # type: ignore[no-untyped-def]
 @register_jitable
 def _with_weight(x, w, j):  # type: ignore[no-untyped-def]
     value, each = widen(x[j]), w[j]
-    return value if each != 0 else type(value)(0.0), each
+    return select(each != 0, value, type(value)(0.0)), each
 
 
 @register_jitable
@@ -144,17 +145,21 @@ def no_update(g, j, x, w, gradient, lam, c):  # type: ignore[no-untyped-def]
 
 @register_jitable
 def add_gradient(g, j, x, w, gradient, lam, c):  # type: ignore[no-untyped-def]
-    """Add, rounding after every operation."""
+    """Add, rounding after every operation.
+
+    Where the weight is 0, what is added is -0, which leaves every number as it is. To choose
+    between the new gradient and the old one becomes a masked store, ten times as slow on Zen.
+    """
     old = g[j]
-    new = narrow(old, widen(old) + gradient(x, w, lam, c))
-    g[j] = new if w != 0 else old
+    added = select(w != 0, gradient(x, w, lam, c), type(x)(-0.0))
+    g[j] = narrow(old, widen(old) + added)
 
 
 @register_jitable
 def set_gradient(g, j, x, w, gradient, lam, c):  # type: ignore[no-untyped-def]
     """Do :func:`add_gradient` as if the gradients were 0."""
     zero = type(x)(0.0)
-    g[j] = narrow(g[j], zero + (gradient(x, w, lam, c) if w != 0 else zero))
+    g[j] = narrow(g[j], zero + select(w != 0, gradient(x, w, lam, c), zero))
 
 
 @overload(signed)
