@@ -129,7 +129,8 @@ class RowsBackend(Backend):
         """Return the sum of the sizes of all rows, exactly."""
         x: Any = rows_of(activations, norm)
         w = None if weights is None else rows_of(weights, norm)
-        found = self._backend.sum_of_rows(x, norm, w)
+        single = len(norm.axis) == x.ndim
+        found = None if single else self._backend.sum_of_rows(x, norm, w)
         if found is None:
             check_weight_values(weights)
             return self._one_by_one(x, None, norm, _NOTHING, w)

@@ -195,6 +195,15 @@ def test_one_row_is_the_norm_of_the_whole(backend):
         assert [a.tobytes() for a in found] == [a.tobytes() for a in expected]
 
 
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_the_sum_of_one_long_row_is_that_of_the_whole(name):
+    x = np.ones((2**9 + 1, 2**10), np.float32)[:, ::2]
+    for axis, array in (((0, 1), x), (0, x.T.ravel()[::2])):
+        reg = ActivityRegularization.l2(1.0, axis=axis, backend=name)
+        total = reg.partial_sum(array)
+        assert reg.finish(total) == reg.penalty(array) == np.float32(math.sqrt(array.size))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (2, 0, 3)])
 def test_empty_arrays(backend, shape):
     x = np.zeros(shape, np.float32)

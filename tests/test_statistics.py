@@ -69,14 +69,15 @@ def test_what_weighs_nothing_is_not_counted(name, dtype):
         assert_array_equal(statistics.active, ((x != 0) & kept).sum(axis=0))
 
 
-@pytest.mark.parametrize("shape", [(5,), (200, 300), (7, 11, 13), (0, 4), (300, 1)])
+@pytest.mark.parametrize("shape", [(5,), (200, 300), (7, 11, 13), (0, 4), (4, 0), (300, 1)])
 def test_units_are_counted_along_the_last_axis(name, shape):
     reg, x = ActivityRegularization(0.1, backend=name), random(shape)
+    others = tuple(range(x.ndim - 1))
     statistics = ActivationStatistics(per_feature=True)
     assert statistics.active is None
     for times in (1, 2):
         reg.penalty(x, statistics=statistics)
-        assert_array_equal(statistics.active, times * (x != 0).reshape(-1, shape[-1]).sum(axis=0))
+        assert_array_equal(statistics.active, times * (x != 0).sum(axis=others))
         assert statistics.active.dtype == np.int64
     reg.penalty(np.asfortranarray(x), statistics=statistics)
     assert statistics.active.sum() == 3 * np.count_nonzero(x)
@@ -90,6 +91,16 @@ def test_nan_is_the_largest_and_not_zero(name):
     reg.penalty(np.array([1.0]), statistics=statistics)
     assert math.isnan(statistics.largest)
     assert (statistics.elements, statistics.nonzero) == (7, 6)
+
+
+@pytest.mark.parametrize("size", [20, 20_000, 40_000])
+def test_nan_stays_the_largest_whatever_is_counted_after_it(name, size):
+    reg, x = ActivityRegularization(0.1, backend=name), np.ones((size // 2, 4), np.float32)
+    x[0, 0] = math.nan
+    for view, weights in ((x[:, :2], None), (x[:, :2], np.ones(2, np.float32)), (x, None)):
+        statistics = ActivationStatistics()
+        reg.penalty(view, weights=weights, statistics=statistics)
+        assert math.isnan(statistics.largest)
 
 
 def test_an_exact_sum_counts_once(name):

@@ -100,7 +100,8 @@ def _count(x: Array, weights: Array | None, statistics: ActivationStatistics) ->
     active = (x != 0) & kept
     magnitudes = np.abs(x[kept].astype(COMPUTE_DTYPES[x.dtype]))
     largest = float(magnitudes.max()) if magnitudes.size else 0.0
-    units = active.reshape(-1, x.shape[-1]).sum(axis=0) if statistics.per_feature else None
+    others = tuple(range(x.ndim - 1))
+    units = active.sum(axis=others) if statistics.per_feature else None
     statistics.add(int(kept.sum()), int(active.sum()), largest, units)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "counts_of",
     "exponent_of",
     "extremes",
+    "larger",
     "multiply_add",
     "narrow",
     "power_of_two",
@@ -214,6 +215,12 @@ def weighted_counts_of(xs, ws):  # type: ignore[no-untyped-def]
         nonzero = word(nonzero + (magnitude != 0))
         kept = word(kept + (ws[j] != 0))
     return int(kept), int(nonzero), value_of(_as_number(xs[0], largest))
+
+
+@register_jitable
+def larger(a, b):  # type: ignore[no-untyped-def]
+    """Return the larger of two magnitudes; NaN is larger than any."""
+    return a if a != a or a >= b else b
 
 
 @register_jitable

@@ -40,7 +40,7 @@ from actreg_dispatch.backends.numba.addresses import (
     new_totals,
     plan_at,
 )
-from actreg_dispatch.backends.numba.bits import value_of
+from actreg_dispatch.backends.numba.bits import larger, value_of
 from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
 from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
 from actreg_dispatch.backends.numba.rows import store_of
@@ -84,8 +84,7 @@ def _add_to(there, part):  # type: ignore[no-untyped-def]
         total[k], total[k + 1] = merge_pairs(total[k], total[k + 1], more[k], more[k + 1])
     total[SUMS] += more[SUMS]
     total[SUMS + 1] += more[SUMS + 1]
-    if not more[SUMS + 2] <= total[SUMS + 2]:  # which NaN is not
-        total[SUMS + 2] = more[SUMS + 2]
+    total[SUMS + 2] = larger(total[SUMS + 2], more[SUMS + 2])
 
 
 @register_jitable

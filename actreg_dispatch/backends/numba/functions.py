@@ -25,7 +25,13 @@ from actreg_dispatch.backends.numba.addresses import (
     new_block,
     strided_row,
 )
-from actreg_dispatch.backends.numba.bits import bits_of, counts_of, weighted_counts_of, widen
+from actreg_dispatch.backends.numba.bits import (
+    bits_of,
+    counts_of,
+    larger,
+    weighted_counts_of,
+    widen,
+)
 from actreg_dispatch.backends.numba.compiling import compile_function
 from actreg_dispatch.backends.numba.exact import (
     add_products,
@@ -249,8 +255,7 @@ def counting_function(dtype: np.dtype[Any], weighted: bool) -> Any:
                 nonzero, largest = counts_of(strided_row(element, x, count, call.x_step))
             counts[0] += kept
             counts[1] += nonzero
-            if not largest <= counts[2]:
-                counts[2] = largest
+            counts[2] = larger(counts[2], largest)
         return 0
 
     return compile_function(count_elements, BLOCK_SIGNATURE, dtype, weighted)
