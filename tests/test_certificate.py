@@ -8,22 +8,15 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
+from supported import dtypes
 
 from actreg_dispatch import ActivityRegularization
 from actreg_dispatch import norms as norms_module
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt
 
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
 norms = pytest.mark.parametrize("norm", NORMS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 @pytest.fixture

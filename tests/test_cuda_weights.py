@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cuda_frames import COMPUTE, compiled, require_headers, source_of
+from supported import dtypes
 
 from actreg_dispatch.dtypes import compute_dtype
 from actreg_dispatch.norms import NORMS, Norm, signed, sqrt
@@ -31,17 +32,10 @@ RATIO = Norm(  # two sums, two passes, λ in the gradient alone
 )
 TESTED = {name: NORMS[name] for name in ("l1", "l2", "l2_squared", "l1_l2_squared")}
 TESTED["ratio"] = RATIO
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
 norms = pytest.mark.parametrize("norm", TESTED.values(), ids=TESTED)
 of_two_sums = pytest.mark.parametrize(
     "norm", [TESTED["l1_l2_squared"], RATIO], ids=["one pass", "two passes"]
 )
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 wide = pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 
 

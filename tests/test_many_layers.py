@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
+from supported import dtypes
 
 from actreg_dispatch import (
     ActivityNorm,
@@ -25,7 +26,6 @@ from actreg_dispatch.options import Constants
 from actreg_dispatch.oracle import binary64, exact_sum
 
 norms = pytest.mark.parametrize("norm", ActivityNorm, ids=lambda norm: norm.value)
-DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 SHAPES = [(5,), (), (0,), (3, 4), (0, 3), (2, 3, 4), (9000,), (33_333,), (1,)]
 
 
@@ -66,7 +66,7 @@ def taken(monkeypatch):
 
 
 @norms
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@dtypes
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[:6], [(100_000,)], [(400,)] * 100, [(2, 0)]])
 def test_layers_are_done_as_in_a_loop(taken, norm, dtype, shapes):
     assert_as_in_a_loop(ActivityRegularization(0.1, norm), *layers_of(shapes, dtype))
@@ -376,7 +376,7 @@ def test_layers_may_move_to_a_backend_of_another_array_type(cupy, name):
 
 
 @norms
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@dtypes
 @pytest.mark.parametrize("reduction", ["sum", "batch"])
 def test_layers_on_a_device(cupy, norm, dtype, reduction):
     if dtype == ml_dtypes.bfloat16 and int(cupy.__version__.split(".")[0]) < 14:
@@ -460,7 +460,7 @@ def rows_of(kind, dtype):
 
 @norms
 @pytest.mark.parametrize("reduction", ["sum", "mean", "batch"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
+@dtypes
 @pytest.mark.parametrize("kind", ["usual", "odd", "long"])
 def test_rows_are_done_as_in_a_loop_over_zeros(norm, reduction, dtype, kind):
     x = rows_of(kind, dtype)

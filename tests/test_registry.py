@@ -11,9 +11,9 @@ import threading
 import types
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
+from supported import DTYPES, dtypes
 
 import actreg_dispatch
 from actreg_dispatch import (
@@ -405,11 +405,10 @@ def test_all_public_names_exist_and_are_documented():
 # Data moves on an explicit choice only.
 
 norms = pytest.mark.parametrize("norm", ["l1", "l2", "l2_squared"])
-DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 
 @norms
-@pytest.mark.parametrize("dtype", [*DTYPES, np.dtype(">f4"), np.dtype(">f8")])
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), np.dtype(">f4"), np.dtype(">f8")])
 def test_numpy_arrays_travel_to_the_device_and_back(cupy, monkeypatch, norm, dtype):
     activations = np.arange(24.0).reshape(4, 6).astype(dtype)[::-1, ::2]
     room = np.ones((4, 6), dtype)
@@ -425,7 +424,7 @@ def test_numpy_arrays_travel_to_the_device_and_back(cupy, monkeypatch, norm, dty
 
 
 @norms
-@pytest.mark.parametrize("dtype", DTYPES)
+@dtypes
 @pytest.mark.parametrize("name", ["numpy", "numba"])
 def test_cupy_arrays_travel_to_the_host_and_back(cupy, norm, name, dtype):
     values, expected = np.arange(24.0).reshape(4, 6).astype(dtype), np.ones((4, 3), dtype)

@@ -6,21 +6,13 @@ import math
 import pickle
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from supported import dtypes
 
 from actreg_dispatch import ActivationStatistics, ActivityRegularization, get_backend, norms
 from actreg_dispatch.oracle import exact_result, exact_row_result
-
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 def random(shape, dtype, seed=0):

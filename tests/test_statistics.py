@@ -5,22 +5,15 @@ from __future__ import annotations
 import math
 import threading
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from supported import dtypes
 
 from actreg_dispatch import ActivationStatistics, ActivityRegularization
 from actreg_dispatch.norms import NORMS
 
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
 norms = pytest.mark.parametrize("norm", NORMS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 @pytest.fixture(params=["numpy", "numba"])

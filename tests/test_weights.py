@@ -6,10 +6,10 @@ import math
 import tracemalloc
 from fractions import Fraction
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from supported import DTYPES, dtypes
 
 from actreg_dispatch import ActivityNorm, ActivityRegularization, MixedArraysError, dispatch
 from actreg_dispatch.backends.numba.exact import EXACT_TERMS
@@ -17,13 +17,6 @@ from actreg_dispatch.norms import NORMS, Norm
 from actreg_dispatch.oracle import exact_result, exact_sum
 
 norms = pytest.mark.parametrize("norm", list(ActivityNorm))
-DTYPES = {
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "float32": np.float32,
-    "float64": np.float64,
-}
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 NARROW = ("float16", "bfloat16")
 narrow = pytest.mark.parametrize("dtype", [DTYPES[name] for name in NARROW], ids=NARROW)
 SHAPES = {"full": (6, 50), "features": (50,), "tokens": (6, 1), "one": ()}
