@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -248,6 +249,45 @@ def cupy(request: pytest.FixtureRequest) -> Any:
         required = "cupy" in request.config.getoption("--require-backend")
         (pytest.fail if required else pytest.skip)(f"no CUDA device: {reason}")
     return sys.modules["cupy"]
+
+
+@pytest.fixture(scope="session")
+def software_device(cupy: Any) -> None:
+    """Skip where a GPU computes, which counts nothing."""
+    if "SOFTGPU" not in os.environ:
+        pytest.skip("only a software device counts bytes")
+
+
+@pytest.fixture(scope="session")
+def profiled(
+    software_device: None, python: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, list[dict[str, Any]]]]:
+    """Run code that calls ``record(name, call)``, and return what was launched in each call.
+
+    What was copied and waited for, too.
+    """
+
+    def run(code: str) -> dict[str, list[dict[str, Any]]]:
+        file = tmp_path_factory.mktemp("profile") / "profile.json"
+        file.touch()
+        done = python("-c", _RECORD.format(code), timeout=1200, SOFTGPU_PROFILE=str(file))
+        found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+        return found
+
+    return run
+
+
+_RECORD = """
+import json, os
+found = {{}}
+def record(name, call):
+    with open(os.environ["SOFTGPU_PROFILE"]) as lines:
+        lines.seek(0, 2)
+        call()
+        found[name] = [json.loads(line) for line in lines]
+{}
+print(json.dumps(found))
+"""
 
 
 @pytest.fixture(autouse=True)

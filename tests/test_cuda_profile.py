@@ -6,9 +6,6 @@ would need its maker's profiler.
 
 from __future__ import annotations
 
-import json
-import os
-
 import numpy as np
 import pytest
 
@@ -20,20 +17,12 @@ dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "fl
 
 SIZE = 100_000
 PROFILE = """
-import json, os
 import cupy, numpy as np, ml_dtypes
 from actreg_dispatch import ActivationStatistics, ActivityRegularization
 from actreg_dispatch.backends.cuda import kernels
 from actreg_dispatch.norms import NORMS
 
 usual = kernels.FEW_BLOCKS
-found = {}
-def record(name, call):
-    with open(os.environ["SOFTGPU_PROFILE"]) as lines:
-        lines.seek(0, 2)
-        call()
-        found[name] = [json.loads(line) for line in lines]
-
 rng = np.random.default_rng(0)
 for dtype in ("float16", "bfloat16", "float32", "float64"):
     room = cupy.asarray(rng.normal(size=(200, 250, 4)).astype(dtype))
@@ -70,19 +59,12 @@ for dtype in ("float16", "bfloat16", "float32", "float64"):
 for norm in NORMS:
     xs, gs = ([cupy.ones(n, np.float32) for n in (3, 70_000)] for _ in range(2))
     record(f"apply_all {norm}", lambda: ActivityRegularization(0.1, norm).apply_all(xs, gs))
-print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def profile(cupy, python, tmp_path_factory):
-    """Return what was launched, copied and waited for in each call."""
-    if "SOFTGPU" not in os.environ:
-        pytest.skip("only a software device counts bytes")
-    file = tmp_path_factory.mktemp("profile") / "profile.json"
-    file.touch()
-    done = python("-c", f"SIZE = {SIZE}\n{PROFILE}", timeout=1200, SOFTGPU_PROFILE=str(file))
-    return json.loads(done.stdout)
+def profile(profiled):
+    return profiled(f"SIZE = {SIZE}\n{PROFILE}")
 
 
 @norms

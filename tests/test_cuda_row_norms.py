@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from fractions import Fraction
 
 import numpy as np
@@ -101,16 +99,8 @@ def listed(cupy, monkeypatch):
 
 
 PROFILE = """
-import json, os
 import cupy, numpy as np
 from actreg_dispatch import ActivityRegularization
-found = {}
-def record(name, call):
-    call()  # compiles
-    with open(os.environ["SOFTGPU_PROFILE"]) as lines:
-        lines.seek(0, 2)
-        call()
-        found[name] = [json.loads(line) for line in lines]
 rng, reg = np.random.default_rng(0), ActivityRegularization.l2(0.1, axis=-1)
 for rows in (2, 2000):
     x = cupy.asarray(rng.normal(size=(rows, 64)).astype(np.float32))
@@ -119,18 +109,12 @@ for rows in (2, 2000):
         assert g.strides == y.strides
         record(f"apply {layout} {rows}", lambda: reg.apply(y, g))
         record(f"penalty {layout} {rows}", lambda: reg.penalty(y))
-print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def profile(cupy, python, tmp_path_factory):
-    if "SOFTGPU" not in os.environ:
-        pytest.skip("only a software device counts bytes")
-    file = tmp_path_factory.mktemp("profile") / "profile.json"
-    file.touch()
-    done = python("-c", PROFILE, timeout=600, SOFTGPU_PROFILE=str(file))
-    return json.loads(done.stdout)
+def profile(profiled):
+    return profiled(PROFILE)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns"])

@@ -6,9 +6,7 @@ what must come of it.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
 from fractions import Fraction
 
@@ -621,20 +619,12 @@ def test_every_weighted_kernel_compiles(request, dtype, architecture):
 # two sizes whose blocks have as much to do as those of large arrays.
 FEW, MANY = 5 * 16_384, 10 * 16_384
 PROFILE = """
-import json, os
 import cupy, numpy as np
 from actreg_dispatch.backends.cuda import BACKEND, kernels
 from actreg_dispatch.norms import NORMS
 from actreg_dispatch.options import Constants
 
 kernels.FEW_BLOCKS = 1
-found = {}
-def record(name, call):
-    with open(os.environ["SOFTGPU_PROFILE"]) as lines:
-        lines.seek(0, 2)
-        call()
-        found.setdefault(name, []).append([json.loads(line) for line in lines])
-
 rng = np.random.default_rng(0)
 for dtype in ("float16", "float32", "float64"):
     for size in (FEW, MANY):
@@ -646,23 +636,15 @@ for dtype in ("float16", "float32", "float64"):
             for name in ("l1", "l2", "l2_squared"):
                 norm = NORMS[name]
                 numbers = Constants((0.5,) * norm.n_lams, (0.5,) * norm.n_lams, 0.0)
-                call = f"{name} {dtype} {kind}"
+                call = f"{name} {dtype} {kind} {size}"
                 record(f"apply {call}", lambda: BACKEND.apply(x, g, norm, numbers, w))
                 record(f"penalty {call}", lambda: BACKEND.penalty(x, norm, numbers, w))
-print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def profile(cupy, python, tmp_path_factory):
-    """Return what was launched, copied and waited for in each call, for both sizes."""
-    if "SOFTGPU" not in os.environ:
-        pytest.skip("only a software device counts bytes")
-    file = tmp_path_factory.mktemp("profile") / "profile.json"
-    file.touch()
-    sizes = f"FEW, MANY = {FEW}, {MANY}\n"
-    done = python("-c", sizes + PROFILE, timeout=1200, SOFTGPU_PROFILE=str(file))
-    return json.loads(done.stdout)
+def profile(profiled):
+    return profiled(f"FEW, MANY = {FEW}, {MANY}\n{PROFILE}")
 
 
 def cost_of(events):
@@ -688,8 +670,10 @@ def cost_of(events):
 @pytest.mark.parametrize("kind", ["full", "bool", "per feature"])
 def test_what_weights_cost_has_a_budget(profile, operation, norm, dtype, kind):
     """A weighted pass has no vectors, which is most of it; broadcast weights take a division."""
-    name = f"{operation} {norm} {dtype}"
-    plain, events = profile[f"{name} none"], profile[f"{name} {kind}"]
+    plain, events = (
+        [profile[f"{operation} {norm} {dtype} {each} {size}"] for size in (FEW, MANY)]
+        for each in ("none", kind)
+    )
     assert [event for call in events for event in call if "launch" not in event] == []
     assert [len(call) for call in events] == [len(call) for call in plain]
     passes = 1 + (operation == "apply" and norm == "l2")

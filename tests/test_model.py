@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -144,9 +143,8 @@ def test_the_expressions_do_the_same_work(cupy, dtype, norm):
         assert_allclose(updated, gradients, rtol=tolerance)
 
 
-def test_a_call_is_counted(cupy, python, tmp_path):
-    if "SOFTGPU" not in os.environ:
-        pytest.skip("only a software device counts")
+@pytest.mark.usefixtures("software_device")
+def test_a_call_is_counted(python, tmp_path):
     file, profile = tmp_path / "counts.json", str(tmp_path / "profile.json")
     options = ["--norms", "l2", "--dtypes", "float16", "--operations", "apply"]
     done = python("-m", "benchmarks.model", *options, "--json", str(file), SOFTGPU_PROFILE=profile)
