@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class RowNorm(Norm):
         return row_norm, (self.of_row, self.axis)
 
 
-@lru_cache
+@cache
 def row_norm(norm: Norm, axis: tuple[int, ...]) -> RowNorm:
     """Return the norm of rows along ``axis``, the same one each time.
 

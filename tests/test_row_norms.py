@@ -11,7 +11,7 @@ import pytest
 from numpy.testing import assert_array_equal
 from supported import dtypes
 
-from actreg_dispatch import ActivationStatistics, ActivityRegularization, get_backend, norms
+from actreg_dispatch import ActivationStatistics, ActivityRegularization, files, get_backend, norms
 from actreg_dispatch.oracle import exact_result, exact_row_result
 
 
@@ -379,7 +379,6 @@ def _rows(module, x):
 
 
 def test_files_are_refused(tmp_path):
-    files = pytest.importorskip("actreg_dispatch.files")
     np.save(tmp_path / "x.npy", np.ones((3, 4)))
     with pytest.raises(ValueError, match=r"is a norm of rows.*use Dask"):
         files.penalty(ActivityRegularization.l2(0.1, axis=-1), tmp_path / "x.npy")

@@ -214,7 +214,7 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
     return compile_function(block, BLOCK_SIGNATURE, *key)
 
 
-# What closures may name; see the end of bits.py.
+# What closures may name; see rows.py.
 
 
 @register_jitable
