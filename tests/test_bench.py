@@ -125,7 +125,7 @@ def test_the_picture_is_a_png(results):
     [
         (["--json", "results.txt"], "let the name end in .json"),
         (["--json", "there.json"], "add --overwrite"),
-        (["--png", "nowhere/picture.png"], "no folder to write to"),
+        (["--png", "nowhere/picture.png"], "not a folder to write to"),
         (["--readme", "there.json"], "has no place for the table"),
         (["--readme", "missing.md"], "cannot be read"),
         (["--brief", "there.json"], "--brief there.json has no place for the table"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_the_demo_overwrites_only_when_told(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_needs_a_folder_to_write_to(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "none" / "x.png")]) == 2
-    assert "is no folder to write to" in capsys.readouterr().err
+    assert "is not a folder to write to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--backend", "bogus"], []])
@@ -136,17 +137,43 @@ def test_without_its_extra_the_demo_says_what_to_install(monkeypatch, capsys):
 # The doctor.
 
 
+def unwrapped(capsys):
+    """Return what was told, with one space for each gap and line break."""
+    return " ".join(capsys.readouterr().out.split())
+
+
 def test_the_doctor_finds_the_backends_right(capsys):
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
     assert f"actreg_dispatch {__version__}" in told
     assert f"NumPy {np.__version__}" in told
+    entries = re.sub(r"\n {7}", " ", told)  # a line each
     assert re.search(
-        r"^numba +usable, agrees with exact .*threading layer \w+, \d+ thr", told, re.M
+        r"^numba +usable, agrees with exact .*threading layer \w+, \d+ thr", entries, re.M
     )
-    assert re.search(r"^numpy +usable, agrees with exact arithmetic$", told, re.MULTILINE)
-    assert re.search(r"^cupy +(usable, agrees.*compute capability|unusable: .*pip )", told, re.M)
+    assert re.search(r"^numpy +usable, agrees with exact arithmetic$", entries, re.MULTILINE)
+    assert re.search(r"^cupy +(usable, agrees.*compute capability|unusable: .*pip )", entries, re.M)
     assert "ACTREG_BACKEND is not set\n  a numpy.ndarray is computed by numba" in told
+
+
+def test_the_doctor_says_which_libraries_there_are(monkeypatch, capsys):
+    there = {"torch": "2.9", "zarr": "3.1"}
+
+    def version(name):
+        try:
+            return there[name]
+        except KeyError:
+            raise metadata.PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "\ntorch  installed, version 2.9\n" in told
+    assert "\nzarr   installed, version 3.1\n" in told
+    for name in ("jax", "keras", "dask"):
+        remedy = f"python -m pip install 'actreg-dispatch[{name}]'"
+        assert f"\n{name:6} not installed: {remedy}\n" in told
 
 
 def test_the_doctor_says_what_the_variable_leads_to(monkeypatch, capsys):
@@ -159,12 +186,12 @@ def test_the_doctor_says_what_the_variable_leads_to(monkeypatch, capsys):
 def test_the_doctor_fails_where_the_variable_leads_nowhere(monkeypatch, registered, capsys):
     monkeypatch.setenv("ACTREG_BACKEND", "bogus")
     assert main(["doctor"]) == 1
-    assert "ACTREG_BACKEND='bogus' names no backend" in capsys.readouterr().out
+    assert "ACTREG_BACKEND='bogus' names no backend" in unwrapped(capsys)
 
     monkeypatch.setenv("ACTREG_BACKEND", "broken")
     registry.register_backend("broken", lambda: 1 / 0, array_type="broken.Array", install="Mend it")
     assert main(["doctor"]) == 1
-    told = capsys.readouterr().out
+    told = unwrapped(capsys)
     assert "broken unusable: ZeroDivisionError: division by zero. Mend it" in told
     assert "ACTREG_BACKEND='broken': backend 'broken' cannot run here" in told
 
@@ -184,8 +211,8 @@ def test_the_doctor_fails_a_wrong_backend(registered, monkeypatch, capsys, wrong
 
     registry.register_backend("wrong", Wrong, array_type="numpy.ndarray")
     assert main(["doctor"]) == 1
-    told = capsys.readouterr().out
-    assert "wrong  FAILED its self-test: " in told
+    told = unwrapped(capsys)
+    assert "wrong FAILED its self-test: " in told
     assert {"penalty": "exactly rounded", "gradient": "1 gradients", "raises": "cut"}[wrong] in told
 
 
@@ -207,5 +234,21 @@ def test_the_doctor_works_where_nothing_is_compiled(python):
 def test_it_runs_as_a_module(python):
     assert python("-m", "actreg_dispatch", "--version").stdout == f"actreg_dispatch {__version__}\n"
     told = python("-m", "actreg_dispatch", check=False)
-    assert told.returncode == 2
+    assert (told.returncode, told.stdout) == (2, "")
     assert "COMMAND" in told.stderr
+    assert "print the penalty of activations" in told.stderr  # the commands
+
+
+@pytest.mark.parametrize("command", ["demo", "penalty", "apply", "doctor"])
+def test_a_command_describes_itself_and_its_options(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    _, description, *groups = told.split("\n\n")
+    assert description.rstrip().endswith(".")
+    assert "None" not in told
+    options = groups[-1].partition("\n")[2]
+    for option in re.split(r"\n(?=  -)", options.rstrip()):  # each with some words
+        assert re.search(r"(?: {2,}|\n {20,})\w+ \w+", option.lstrip()), option

@@ -317,9 +317,9 @@ class Trap:
 
 
 BROKEN = {
-    "empty": (b"", "no .npy file"),
-    "text": (b"1.0, 2.0", "no .npy file"),
-    "npz": (_npz(), "no .npy file"),
+    "empty": (b"", "not a .npy file"),
+    "text": (b"1.0, 2.0", "not a .npy file"),
+    "npz": (_npz(), "not a .npy file"),
     "magic alone": (b"\x93NUMPY", "broken .npy header"),
     "version": (b"\x93NUMPY\x09\x00" + bytes(90), "format (9, 0) is unknown"),
     "header cut off": (b"\x93NUMPY\x02\x00\xff\xff\xff\xff{", "broken .npy header"),
@@ -375,7 +375,11 @@ FITTING = np.ones((20, 30), np.float32)
 UNFIT = {
     "shape": ({"g": np.ones((30, 20), np.float32)}, {}, "shape (30, 20) but activations"),
     "dtype": ({"g": np.ones((20, 30))}, {}, "dtype float64 but activations"),
-    "order": ({"g": np.asfortranarray(FITTING)}, {}, "in F order but activations"),
+    "order": (
+        {"g": np.asfortranarray(FITTING)},
+        {},
+        "in F order but activations in C order; save what is in F order again",
+    ),
     "asked bfloat16": ({}, {"dtype": "bfloat16"}, "leave it out"),
     "asked nonsense": ({"x": np.zeros(9, "V2")}, {"dtype": "f2"}, "leave it out"),
     "lam": ({}, {"lam": 1e300}, "lam=1e+300 is too large"),
@@ -435,8 +439,10 @@ def test_read_only_and_missing_files_are_refused(tmp_path):
     assert_untouched(paths, before)
     with pytest.raises(files.FilesError, match="do not exist; name a"):
         files.penalty(reg, tmp_path / "none.npy")
+    with pytest.raises(files.FilesError, match=r"gradients to begin with are numpy\.zeros_like"):
+        files.apply(reg, paths[0], tmp_path / "none.npy")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(files.FilesError, match="no regular file"):  # which would block
+    with pytest.raises(files.FilesError, match="not a regular file"):  # which would block
         files.penalty(reg, tmp_path / "pipe")
 
 
@@ -988,7 +994,9 @@ def test_a_line_or_json(tmp_path, capsys):
     options = ["--lam", "1e-3", "--norm", "l2", "--epsilon", "0.5"]
     assert main(["penalty", paths[0], *options]) == 0
     line = capsys.readouterr().out
-    assert line.startswith(f"penalty {float(penalty)!r} (l2, λ = 0.001, 900 float32); 3.6 kB in ")
+    first = f"penalty {float(penalty)!r} (l2, λ = 0.001, 900 float32)\n3.6 kB in "
+    assert line.startswith(first)
+    assert line.endswith(" s, start-up included; backend numba\n")
     assert main(["apply", *paths, *options, "--scale", "2", "--json", "--backend", "numpy"]) == 0
     streams = capsys.readouterr()
     told = json.loads(streams.out)
@@ -1010,7 +1018,7 @@ def test_a_line_or_json(tmp_path, capsys):
         "backend": "numpy",
     }
     assert main(["apply", *paths, *options]) == 0
-    assert f"gradient added to {paths[1]}; " in capsys.readouterr().out
+    assert f"gradient added to {paths[1]}\n" in capsys.readouterr().out
 
 
 def test_weights_are_told(tmp_path, capsys):
@@ -1019,7 +1027,7 @@ def test_weights_are_told(tmp_path, capsys):
     penalty = ActivityRegularization.l1(0.5, reduction="mean").penalty(x, weights=w)
     options = ["--lam", "0.5", "--reduction", "mean", "--weights", w_path]
     assert main(["penalty", x_path, *options]) == 0
-    line = f"penalty {float(penalty)!r} (l1, λ = 0.5, 900 float32, weights {w_path}); "
+    line = f"penalty {float(penalty)!r} (l1, λ = 0.5, 900 float32, weights {w_path})\n"
     assert capsys.readouterr().out.startswith(line)
     assert main(["apply", x_path, g_path, *options, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -20,6 +20,8 @@ from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
 __all__ = ["main"]
 
+_COMPILES = "The first run for a norm and a dtype compiles, for some seconds."
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
@@ -28,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # λ on a terminal that cannot show it
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.run is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         return int(options.run(options))
     except BackendError as error:
@@ -36,45 +41,85 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="actreg", description="Activity regularization for NumPy and CuPy arrays."
+        prog="actreg",
+        description="Activity regularization: penalties on the size of activations.",
+        epilog="actreg COMMAND --help describes a command and its options.",
     )
     parser.add_argument("--version", action="version", version=f"actreg_dispatch {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     demo = commands.add_parser(
         "demo",
         help="train sparse autoencoders of handwritten digits and show what λ does",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train 16 autoencoders of handwritten digits, without a penalty and with three "
+        "norms at five strengths λ each. Print a table of how sparse and how good they are, and "
+        "draw a picture of it.",
     )
-    demo.add_argument("--backend", help="the backend that computes (default: ACTREG_BACKEND, auto)")
+    _add_backend(demo)
     demo.add_argument(
-        "--out", type=Path, help="the picture, a PNG (default: actreg-demo.png, or a free name)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the picture, a PNG (default: actreg-demo.png, or actreg-demo-2.png and so on if "
+        "that exists)",
     )
-    demo.add_argument("--overwrite", action="store_true", help="replace the file --out names")
-    demo.add_argument("--epochs", type=positive, default=40, help="passes over the digits")
-    demo.add_argument("--seed", type=natural, default=0, help="of the split and the weights")
+    demo.add_argument(
+        "--overwrite", action="store_true", help="replace the file that --out names, if it exists"
+    )
+    demo.add_argument(
+        "--epochs",
+        type=positive,
+        default=40,
+        metavar="N",
+        help="passes over the digits (default: 40)",
+    )
+    demo.add_argument(
+        "--seed",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="of the random numbers: which digits are held out, and the first weights (default: 0)",
+    )
     demo.set_defaults(run=_demo)
 
     _add_files(commands)
 
-    doctor = commands.add_parser("doctor", help="say what is usable, what is chosen, and test it")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say which backends and libraries can be used here, and test the backends",
+        description="Compare each backend with exact arithmetic, say what can be used on this "
+        "machine and what to install for the rest, and which backend computes NumPy arrays. The "
+        "exit status is 1 if a backend fails or ACTREG_BACKEND names none that can be used.",
+    )
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_backend(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="what computes: numba, numpy, cupy, or auto, which goes by the kind of array "
+        "(default: the environment variable ACTREG_BACKEND, or else auto)",
+    )
 
 
 def _add_files(commands: Any) -> None:
     penalty = commands.add_parser(
         "penalty",
-        help="the penalty of activations in a file, .npy or Zarr, larger than memory",
+        help="print the penalty of activations in a .npy file or a Zarr array",
         description="Print the penalty of the activations in a file, as it is for the same array "
-        "in memory. The file is read in pieces of at most 256 MiB.",
+        "in memory. The file is read in pieces of at most 256 MiB, so it may be larger than "
+        f"memory. {_COMPILES}",
     )
     apply = commands.add_parser(
         "apply",
-        help="the same, and add its gradient to a file of gradients, in place",
-        description="Add the gradient of the penalty to a file of gradients, in place, block by "
-        "block. What is interrupted, by Ctrl-C or by a power failure, can be resumed: the old "
-        "values of the block under way lie in GRADIENTS.actreg-journal, which takes up to 128 MiB.",
+        help="the same, and add the gradient to a file of gradients, in place",
+        description="Print the penalty, and add its gradient to a file of gradients, in place, "
+        "block by block. An update that was interrupted, by Ctrl-C or by a power failure, can be "
+        "resumed: meanwhile the old values of the current block are in GRADIENTS.actreg-journal, "
+        f"of up to 128 MiB. {_COMPILES}",
     )
     guarded = ", ".join(norm.name for norm in NORMS.values() if norm.has_guard)
     for command in (penalty, apply):
@@ -86,58 +131,64 @@ def _add_files(commands: Any) -> None:
                 "gradients",
                 type=Path,
                 metavar="GRADIENTS",
-                help="another of the same format, shape and dtype, which is updated",
+                help="another of the same format, shape, dtype and order, which is updated; it "
+                "must exist",
             )
-        command.add_argument("--norm", choices=list(NORMS), default="l1", help="(default: l1)")
+        command.add_argument(
+            "--norm", choices=list(NORMS), default="l1", help="what is penalized (default: l1)"
+        )
         command.add_argument(
             "--lam",
             type=_strength,
             required=True,
-            help="the strength λ; several for norms that take several, such as l1_l2_squared, as "
-            "in 1e-3,1e-4",
+            help="the strength λ, >= 0, such as 1e-3; for l1_l2_squared one for both parts, or "
+            "two, as in 1e-3,1e-4",
         )
         command.add_argument(
             "--epsilon",
             type=float,
-            help=f"{guarded}: the sum of squares up to which there is no gradient",
+            help=f"for {guarded} alone: where the sum of squares is at most that, there is no "
+            "gradient (default: the machine epsilon of the dtype)",
         )
         command.add_argument(
             "--reduction",
             type=reduction,
             default="sum",
-            metavar="{sum,mean,batch} or AXIS,...",
-            help="what λ is divided by: nothing, elements, or lengths of axes (default: sum)",
+            metavar="HOW",
+            help="what λ is divided by. sum: nothing; mean: the number of elements; batch: the "
+            "length of the first axis; axes, such as 0,1: their lengths (default: sum)",
         )
         command.add_argument(
             "--weights",
             type=Path,
             metavar="FILE",
-            help="what the elements weigh, >= 0, or a mask: a file of the same format and shape, "
-            "or of one that broadcasts",
+            help="weights >= 0 of the elements, or a bool mask of those that count: a file like "
+            "ACTIVATIONS, whose shape broadcasts to theirs",
         )
         if command is apply:
             command.add_argument(
-                "--scale", type=float, default=1.0, help="multiplies the gradient (default: 1)"
+                "--scale",
+                type=float,
+                default=1.0,
+                help="a factor of the gradient, not of the penalty (default: 1)",
             )
         command.add_argument(
             "--dtype",
             choices=("bfloat16",),
-            help="what the elements are if the file does not name it (V2)",
+            help="read elements as bfloat16: a .npy file knows them only as two bytes (V2)",
         )
-        command.add_argument(
-            "--backend", help="the backend that computes (default: ACTREG_BACKEND, auto)"
-        )
+        _add_backend(command)
         command.add_argument(
             "--json",
             action="store_true",
-            help="print one JSON object; a penalty that is not finite is null there, and named "
-            "in penalty_hex",
+            help="print one JSON object; in it a penalty that is not finite is null, and "
+            "penalty_hex says nan or inf",
         )
         command.set_defaults(run=_files, gradients=None)
     apply.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an update that was interrupted, with the same arguments",
+        help="go on with an update that was interrupted; give the same arguments again",
     )
 
 

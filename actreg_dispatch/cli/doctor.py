@@ -6,7 +6,10 @@ import itertools
 import os
 import platform
 import sys
+import textwrap
 from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,8 @@ from actreg_dispatch.runtime.threads import threading_layer
 
 __all__ = ["examine", "self_test"]
 
+_LIBRARIES = ("torch", "jax", "keras", "dask", "zarr")
+_EXTRAS = {"zarr": "files"}  # the others have the extra of their name
 _SIZES = (0, 1, 7, 300)
 _PARALLEL_SIZE = 40_000  # large enough for the kernels with threads
 
@@ -41,21 +46,43 @@ def examine(say: Callable[[str], None] = print) -> int:
     say(f"Python {platform.python_version()} on {platform.platform()} ({os.cpu_count()} CPUs)")
     say(f"NumPy {np.__version__}")
     say("")
+    say("Backends; their test takes up to a minute the first time, since it compiles")
     for name in backend_names():
         reason = why_unavailable(name)
         if reason:
-            say(f"{name:6} unusable: {reason}")
+            say(_entry(name, f"unusable: {reason}"))
             continue
         try:
             self_test(name)
             details = _details(name)
         except Exception as error:  # a broken backend may raise anything
             healthy = False
-            say(f"{name:6} FAILED its self-test: {error}")
+            say(_entry(name, f"FAILED its self-test: {error}"))
         else:
-            say(f"{name:6} usable, agrees with exact arithmetic{details}")
+            say(_entry(name, f"usable, agrees with exact arithmetic{details}"))
+    say("")
+    say("Other libraries, whose arrays the backends compute")
+    for name in _LIBRARIES:
+        say(_entry(name, _installed(name)))
     say("")
     return 0 if _examine_choice(say) and healthy else 1
+
+
+def _entry(name: str, text: str) -> str:
+    """Return lines of at most 80 characters, indented but for the name."""
+    return _wrap(f"{name:6} {text}", subsequent_indent=" " * 7)
+
+
+_wrap = partial(textwrap.fill, width=80, break_long_words=False, break_on_hyphens=False)
+
+
+def _installed(name: str) -> str:
+    """Return the version of a library, or how to install it; does not import it."""
+    try:
+        return f"installed, version {metadata.version(name)}"
+    except metadata.PackageNotFoundError:
+        extra = _EXTRAS.get(name, name)
+        return f"not installed: python -m pip install 'actreg-dispatch[{extra}]'"
 
 
 def _examine_choice(say: Callable[[str], None]) -> bool:
@@ -69,7 +96,7 @@ def _examine_choice(say: Callable[[str], None]) -> bool:
                 backend, _ = choose(array_type, np.dtype(np.float32), None)
                 say(f"  a {array_type} is computed by {backend.name}")
     except BackendError as error:
-        say(f"  {error}")
+        say(_wrap(str(error), initial_indent="  ", subsequent_indent="  "))
         return False
     return True
 

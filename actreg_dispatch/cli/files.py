@@ -1,4 +1,4 @@
-"""``actreg penalty`` and ``actreg apply``: a bar while they run, one line or JSON afterwards."""
+"""``actreg penalty`` and ``actreg apply``: a bar while they run, a result or JSON afterwards."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def main(options: argparse.Namespace) -> int:
     except (FilesError, PartlyUpdatedError, OSError, ValueError, TypeError, MemoryError) as error:
         print(f"actreg: {error or type(error).__name__}", file=sys.stderr)
         return 2
-    print(_as_json(result, reg, options) if options.json else _as_line(result, reg, options))
+    print(_as_json(result, reg, options) if options.json else _as_text(result, reg, options))
     return 0
 
 
@@ -93,7 +93,7 @@ def _as_json(result: Result, reg: ActivityRegularization, options: argparse.Name
     return json.dumps(told, allow_nan=False)
 
 
-def _as_line(result: Result, reg: ActivityRegularization, options: argparse.Namespace) -> str:
+def _as_text(result: Result, reg: ActivityRegularization, options: argparse.Namespace) -> str:
     unit, name = next(
         (unit, name)
         for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
@@ -104,7 +104,8 @@ def _as_line(result: Result, reg: ActivityRegularization, options: argparse.Name
     weighed = "" if options.weights is None else f", weights {options.weights}"
     return (
         f"penalty {float(result.penalty)!r} ({reg.options.norm.name}, λ = {reg.lam!r}, "
-        f"{result.elements} {result.dtype}{weighed}){where}; {size}, {result.backend}"
+        f"{result.elements} {result.dtype}{weighed}){where}\n"
+        f"{size}, start-up included; backend {result.backend}"
     )
 
 
@@ -161,9 +162,12 @@ def _bar(after: Progress) -> Iterator[Progress]:
     # No thread of its own: with the threading layer workqueue, kernels would run serially.
     with rich.Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
         tasks: dict[str, Any] = {}
+        start = bar.add_task("starting (compiles once)", total=None)
+        bar.refresh()
 
         def show(step: str, done: int, whole: int) -> None:
             if step not in tasks:
+                bar.update(start, visible=False)
                 tasks[step] = bar.add_task(step, total=whole)
             bar.update(tasks[step], completed=done)
             bar.refresh()

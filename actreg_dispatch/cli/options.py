@@ -40,9 +40,9 @@ def reduction(text: str) -> Reduction:
 def why_not_writable(option: str, path: Path, suffix: str, overwrite: bool) -> str:
     """Return why no file can be written there, to be told before the work; empty if one can."""
     if path.suffix.lower() != suffix:
-        return f"{option} {path} is no {suffix[1:].upper()}; let the name end in {suffix}"
+        return f"{option} {path} is not a {suffix[1:].upper()}; let the name end in {suffix}"
     if path.is_dir() or (path.exists() and not overwrite):
         return f"{option} {path} exists; name another file, or add --overwrite to replace a file"
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        return f"{option} {path} cannot be written: {path.parent} is no folder to write to"
+        return f"{option} {path} cannot be written: {path.parent} is not a folder to write to"
     return ""

@@ -97,15 +97,16 @@ def open_store(
         # Where data fill the processor's caches, pathlib takes some 50 µs of a call.
         found = os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
+        remedy = "; gradients to begin with are numpy.zeros_like(activations)" if writes else ""
         raise FilesError(
-            f"{name} {path!r} do not exist; name a .npy file or a Zarr store"
+            f"{name} {path!r} do not exist; name a .npy file or a Zarr store{remedy}"
         ) from None
     if writes and not (found.st_mode & 0o222 and os.access(path, os.W_OK)):
         raise FilesError(f"{name} {path} are read-only; make them writable, or pass a copy")
     if stat.S_ISDIR(found.st_mode):
         return ZarrArray(name, path, dtype, writes, weighs)
     if not stat.S_ISREG(found.st_mode):
-        raise FilesError(f"{name} {path} are no regular file; name a .npy file or a Zarr store")
+        raise FilesError(f"{name} {path} are not a regular file; name a .npy file or a Zarr store")
     return NpyFile(name, path, dtype, writes, weighs)
 
 
@@ -125,7 +126,8 @@ def check_layout(name: str, store: Store, activations: Store) -> None:
     if store.order != activations.order:
         raise FilesError(
             f"{name} {store.path} are stored in {store.order} order but activations in "
-            f"{activations.order} order; write one of them anew in the order of the other"
+            f"{activations.order} order; save what is in F order again, as "
+            f"numpy.ascontiguousarray returns it"
         )
 
 
@@ -138,7 +140,10 @@ def _element(
     if weighs and stored.kind == "b":
         return stored
     if stored.hasobject:
-        raise FilesError(f"{name} {path} hold pickled Python objects, which are never loaded")
+        raise FilesError(
+            f"{name} {path} hold pickled Python objects, which are never loaded; save an array of "
+            f"numbers, such as array.astype(numpy.float32)"
+        )
     plain_bytes = stored.str[1:] == "V2" and stored.names is None and stored.subdtype is None
     if asked is not None:
         if asked != "bfloat16" or not plain_bytes:
@@ -233,7 +238,7 @@ class NpyFile:
         """Return what :func:`_parsed` makes of the header, and of that alone."""
         start = read_fully(self._file, 0, min(_START, self._size)).tobytes()
         if start[: len(_NPY)] != _NPY:
-            raise FilesError(f"{name} {self.path} are no .npy file; write them with numpy.save")
+            raise FilesError(f"{name} {self.path} are not a .npy file; write one with numpy.save")
         digits = 2 if start[6:7] == b"\1" else 4  # bytes of the length of what comes after it
         end = 8 + digits + int.from_bytes(start[8 : 8 + digits], "little")
         if end > len(start):
@@ -280,7 +285,7 @@ class ZarrArray:
             import zarr
         except ImportError:
             raise FilesError(
-                f"{name} {path} are a folder; if it is a Zarr store, install what it takes "
+                f"{name} {path} are a folder; if it is a Zarr store, install what that needs "
                 f"with: python -m pip install 'actreg-dispatch[files]'"
             ) from None
         self.path, self._folder = path, Path(path).resolve()
