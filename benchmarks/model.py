@@ -18,11 +18,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from actreg_dispatch.cli.options import why_not_writable
 from actreg_dispatch.errors import BackendError
 from actreg_dispatch.norms import ActivityNorm, named_norm
 from actreg_dispatch.registry import usable
@@ -30,7 +32,7 @@ from actreg_dispatch.regularization import ActivityRegularization
 from benchmarks import report
 from benchmarks.contenders import LAM, Case, Run, load_dtype
 
-__all__ = ["CONTENDERS", "GPU", "GPUS", "Counts", "count", "main", "marginal", "ratio", "summary"]
+__all__ = ["CONTENDERS", "GPU", "GPUS", "Counts", "main", "marginal", "panels", "ratio", "summary"]
 
 Record = dict[str, Any]
 
@@ -41,6 +43,7 @@ OUR_SIZES = (1 << 20, 1 << 21)  # the same grid; whole batches of 32 elements a 
 CUPY_SIZES = (1 << 18, 1 << 19)  # where each element costs the same already
 OPERATIONS = ("penalty", "apply")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+DRAWN = {(norm, dtype) for norm in ("l1", "l2_squared") for dtype in ("float32", "float64")}
 
 L1, L2, L2_SQUARED = ActivityNorm.L1, ActivityNorm.L2, ActivityNorm.L2_SQUARED
 SHOWN = [("float32", norm) for norm in (L1, L2, L2_SQUARED)]
@@ -308,6 +311,17 @@ def _ratio(record: Record, gpu: GPU) -> float:
     return ratio(counts, gpu, case.bytes_moved())
 
 
+def panels(results: Record) -> dict[str, dict[str, list[float]]]:
+    """Return the figures of the picture: call -> limit or contender -> bytes a second by GPU."""
+    found = {}
+    for name, records in _rows(results["records"]):
+        if (records[0]["norm"], records[0]["dtype"]) in DRAWN:
+            found[name.replace("`", "")] = {"limit": [gpu.bandwidth for gpu in GPUS]} | {
+                r["contender"]: [gpu.bandwidth / _ratio(r, gpu) for gpu in GPUS] for r in records
+            }
+    return found
+
+
 def summary(results: Record) -> str:
     """Return the tables of docs/performance.md."""
     ours, cupy = (f"{few:,} and {many:,}" for few, many in (OUR_SIZES, CUPY_SIZES))
@@ -356,16 +370,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.write is not None:  # told before the work
             report.split_readme(options.write, "model", "--write")
+        if options.png is not None:
+            _check_picture(options.png)
         results = _load(options.from_json) if options.from_json else _results(options)
         print(summary(results))  # before what may fail
         if options.json is not None:
             report.save(results, options.json)
+        if options.png is not None:
+            report.draw_model(panels(results), [gpu.name for gpu in GPUS], options.png)
         if options.write is not None:
             report.write_between(options.write, "model", summary(results), "--write")
     except (BackendError, OSError, ValueError) as error:
         print(f"benchmarks.model: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_picture(path: Path) -> None:
+    problem = why_not_writable("--png", path, ".png", overwrite=True)
+    if problem or find_spec("matplotlib") is None:
+        raise ValueError(
+            problem or "--png needs matplotlib; install it with: python -m pip install '.[bench]'"
+        )
 
 
 def _results(options: argparse.Namespace) -> Record:
@@ -399,6 +425,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts here")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="show a former run")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the model's figures here")
     parser.add_argument(
         "--write",
         nargs="?",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from benchmarks.contenders import FAST
 __all__ = [
     "BadFileError",
     "brief",
+    "digest",
     "draw",
+    "draw_model",
     "load",
     "print_table",
     "rounded",
@@ -160,6 +163,55 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=6)
     figure.suptitle(_setting(results))
     figure.savefig(path, dpi=72)
+
+
+Panels = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+def digest(panels: Panels) -> str:
+    """Return what :func:`draw_model` notes in a picture, to tell what it was drawn of."""
+    return hashlib.sha256(json.dumps(panels).encode()).hexdigest()
+
+
+def draw_model(panels: Panels, gpus: Sequence[str], path: Path) -> None:
+    """Draw modelled throughput for each GPU, a panel for each call, a mark for each contender.
+
+    Parameters
+    ----------
+    panels : mapping
+        Call -> contender, or ``"limit"`` -> bytes per second on each GPU.
+    gpus : sequence of str
+        Their names.
+    path : pathlib.Path
+        Where the PNG goes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // 4)
+    figure = Figure(figsize=(16, 2.8 * rows + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    marks: dict[str, Any] = {}
+    for place, (call, contenders) in enumerate(panels.items()):
+        axes = figure.add_subplot(rows, 4, place + 1)
+        for number, (name, throughputs) in enumerate(contenders.items()):
+            is_limit = name == "limit"
+            shift = 0 if is_limit else 0.2 * (number - len(contenders) / 2)  # marks side by side
+            (marks[name],) = axes.plot(
+                [gpu + shift for gpu in range(len(gpus))],
+                [throughput / 1e9 for throughput in throughputs],
+                linestyle="",
+                marker="_" if is_limit else "o",
+                markersize=26 if is_limit else 8 if name == "ours" else 5,
+                color="black" if is_limit else f"C{number}",
+            )
+        axes.set(yscale="log", title=call, ylabel="GB/s, modelled")
+        axes.set_xticks(range(len(gpus)), [name.replace(" ", "\n", 1) for name in gpus])
+        axes.tick_params("x", labelsize=8)
+        axes.grid(alpha=0.3)
+    figure.legend(marks.values(), marks.keys(), loc="outside lower center", ncols=len(marks))
+    figure.suptitle("Modelled, not measured: the throughput that a GPU reaches at most")
+    figure.savefig(path, dpi=72, metadata={"Comment": digest(panels)})
 
 
 def _setting(results: dict[str, Any]) -> str:

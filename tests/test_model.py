@@ -91,6 +91,41 @@ def test_the_page_shows_the_counts_that_are_kept():
     assert f"{begin}\n{model.summary(results)}\n{end}\n" in page
 
 
+def test_the_picture_on_the_page_is_of_the_counts_that_are_kept():
+    image = pytest.importorskip("PIL.Image")  # which comes with matplotlib
+    panels = model.panels(json.loads(KEPT.read_text(encoding="utf-8")))
+    with image.open(ROOT / "benchmarks" / "model.png") as picture:
+        assert picture.info["Comment"] == report.digest(panels)
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "](../benchmarks/model.png)" in page
+
+
+def test_the_picture_has_the_throughput_that_follows_from_the_table():
+    panels = model.panels(json.loads(KEPT.read_text(encoding="utf-8")))
+    assert len(panels) == 8
+    assert [*panels["penalty l1, float64"]] == ["limit", *CONTENDERS]
+    for throughputs in panels.values():
+        assert throughputs["limit"] == [gpu.bandwidth for gpu in GPUS]
+        assert all(0 < found <= GPUS[0].bandwidth for found, *_ in throughputs.values())
+    table = model.summary(json.loads(KEPT.read_text(encoding="utf-8")))
+    (row,) = re.findall(r"^\| `penalty` l1, float64 \| (.*) \|$", table, re.MULTILINE)
+    ours, plain, fused = map(float, row.split(" | ")[4].split(" / "))  # on the first GPU
+    found = [GPUS[0].bandwidth / panels["penalty l1, float64"][name][0] for name in CONTENDERS]
+    assert_allclose(found, [ours, plain, fused], atol=0.005)
+
+
+def test_the_picture_is_drawn_from_a_former_run(monkeypatch, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    path = tmp_path / "model.png"
+    assert model.main(["--from-json", str(KEPT), "--png", str(path)]) == 0
+    with image.open(path) as picture, image.open(ROOT / "benchmarks" / "model.png") as kept:
+        assert picture.info["Comment"] == kept.info["Comment"]
+        assert picture.size == kept.size
+    monkeypatch.setattr(model, "find_spec", lambda name: None)
+    assert model.main(["--from-json", str(KEPT), "--png", str(path)]) == 2
+    assert "--png needs matplotlib" in capsys.readouterr().err
+
+
 def test_a_former_run_is_shown_and_written_without_a_device(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("SOFTGPU_PROFILE", raising=False)
     page = tmp_path / "page.md"
@@ -110,6 +145,8 @@ def test_a_former_run_is_shown_and_written_without_a_device(monkeypatch, tmp_pat
         (["--from-json", "missing.json"], "missing.json"),
         (["--from-json", "there.json"], "not written by benchmarks.model"),
         (["--write", "there.json"], "--write there.json has no place for the table"),
+        (["--png", "model.jpg"], "let the name end in .png"),
+        (["--png", "nowhere/model.png"], "nowhere is not a folder to write to"),
     ],
 )
 def test_what_is_missing_is_told_before_the_work(monkeypatch, tmp_path, capsys, options, message):
