@@ -139,6 +139,21 @@ def test_a_command_of_the_documents_runs_or_is_known(page, line, tmp_path, monke
     assert done.stdout
 
 
+def test_the_log_says_which_backend_ran_as_the_page_shows(python):
+    page = (ROOT / "docs" / "backends.md").read_text(encoding="utf-8")
+    settings, line = re.findall(r"^`((?:logging\.|DEBUG:).*)`$", page, re.MULTILINE)
+    code = f"""
+import logging
+import numpy as np
+from actreg_dispatch import ActivityRegularization
+{settings}
+reg = ActivityRegularization.l1(0.1)
+for _ in range(2):
+    reg.penalty(np.ones(3))
+"""
+    assert python("-c", code).stderr.splitlines().count(line) == 1
+
+
 def test_documents_name_the_extras_that_there_are():
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extras = set(re.findall(r"^([\w-]+) = \[", project.split("[project.optional-d")[1], re.M))

@@ -191,7 +191,12 @@ def runs() -> int:
 
 def tabulate(outcomes: Sequence[Outcome]) -> Table:
     """Return the table that shows the effect of λ."""
-    table = Table(title="Activity regularization of an autoencoder, on held-out digits")
+    units = outcomes[0].hidden.shape[1]
+    table = Table(
+        title="Activity regularization of an autoencoder, on held-out digits",
+        caption=f"error: mean square, of a pixel. at zero: of the activations of {units} hidden "
+        f"units. active: not zero, on average for a digit. dead: zero for every digit.",
+    )
     for heading in (
         "norm",
         "λ",
@@ -306,4 +311,4 @@ def main(settings: Settings, out: Path) -> None:
         outcomes = sweep(settings, lambda: progress.advance(task))
     console.print(tabulate(outcomes))
     draw(outcomes).savefig(out, dpi=120)
-    console.print(f"picture: {out}")
+    console.print(f"The same as a picture: {out}")
