@@ -84,6 +84,23 @@ def test_the_demo_is_the_same_with_every_backend(backend):
     assert (found[0].hidden == found[1].hidden).all()
 
 
+def test_the_demo_multiplies_in_one_thread(tmp_path, monkeypatch):
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    from actreg_dispatch.cli import demo
+
+    threads = []
+
+    def sweep(*_):
+        threads.extend(p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "sweep", sweep)
+    with threadpool_limits(2, user_api="blas"):
+        assert main(["demo", "--out", str(tmp_path / "x.png")]) == 130
+    assert set(threads) == {1}
+
+
 def test_the_demo_overwrites_only_when_told(tmp_path, monkeypatch, capsys):
     out = tmp_path / "mine.png"
     out.write_text("keep me")
@@ -229,6 +246,35 @@ def test_the_doctor_works_where_nothing_is_compiled(python):
     told = python("-c", code, NUMBA_DISABLE_JIT="1").stdout
     assert re.search(r"^numba +unusable: NUMBA_DISABLE_JIT is set", told, re.MULTILINE)
     assert "a numpy.ndarray is computed by numpy" in told
+
+
+@pytest.mark.parametrize("command", ["demo", "doctor"])
+def test_an_interrupt_is_one_line(command, monkeypatch, capsys, tmp_path):
+    from actreg_dispatch.cli import demo, doctor
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "sweep", interrupted)
+    monkeypatch.setattr(doctor, "self_test", interrupted)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == "actreg: interrupted\n"
+    assert not [*tmp_path.iterdir()]
+
+
+def test_output_that_nobody_reads_ends_it_quietly(tmp_path, python):
+    np.save(tmp_path / "x.npy", np.ones(3))
+    code = """
+import os, sys
+from actreg_dispatch.cli import main
+read, write = os.pipe()
+os.close(read)
+os.dup2(write, 1)
+sys.exit(main(["penalty", sys.argv[1], "--lam", "1", "--backend", "numpy"]))
+"""
+    done = python("-c", code, str(tmp_path / "x.npy"), check=False)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_it_runs_as_a_module(python):

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except BackendError as error:
         parser.exit(2, f"actreg: {error}\n")
+    except KeyboardInterrupt:
+        print("actreg: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # what reads the output has ended, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
