@@ -9,6 +9,7 @@ adapters call back with the memory of the arrays.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from actreg_dispatch.registry import (
     choose,
 )
 from actreg_dispatch.row_norms import RowsBackend, row_axes
+from actreg_dispatch.runtime.threads import lock_over_fork
 from actreg_dispatch.statistics import check_statistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
@@ -60,6 +62,8 @@ __all__ = [
 _NDARRAY = np.ndarray
 NO_PLAN: tuple[Any, ...] = (None,) * 5
 _MOST_AXES = 64  # of an array of NumPy
+_ASSIGNING = threading.Lock()  # held while λ is assigned, in all the forms it is kept in
+lock_over_fork(_ASSIGNING)
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -91,11 +95,13 @@ class Dispatcher:
 
     @options.setter
     def options(self, options: Options) -> None:
-        lam, _, epsilon, _, _ = self._options = options
-        self.lam: Any = lam if len(lam) > 1 else lam[0]
-        self.epsilon = math.nan if epsilon is None else epsilon
+        lam, _, epsilon, _, _ = options
         # torch.compile takes numbers for constants, but arrays for inputs of what it compiles
-        self.lam_array = np.array(lam)
+        array = np.array(lam)
+        with _ASSIGNING:  # or of two threads at once, each could be the last to assign a part
+            self._options, self.lam_array = options, array
+            self.lam: Any = lam if len(lam) > 1 else lam[0]
+            self.epsilon = math.nan if epsilon is None else epsilon
 
     def penalty(self, activations: Any) -> Any:
         """Return the penalty of a contiguous array, or None."""
@@ -169,6 +175,8 @@ class Dispatcher:
             if kernel is None or kernel in kernels:
                 return None
             choose(NUMPY, dtype, options.backend)  # once more, to log it
+            if asked != (asked_by_context(), RAW_ENVIRONMENT.get(RAW_KEY)):
+                return None  # another thread has changed the variable: by which was it chosen?
             found[call] = (*kernels, kernel)
             penalty = _called(kernel, arguments)
         if penalty == NOT_HANDLED:

@@ -342,7 +342,7 @@ def lam_fits(lam, one):
 
 
 NORMS: dict[str, Norm] = {}
-"""Every known norm by its name."""
+"""Every known norm by its name; walk through a copy, since another thread may register one."""
 
 
 def register_norm(norm: Norm) -> Norm:
@@ -384,7 +384,7 @@ def named_norm(name: Any) -> Norm:
     if isinstance(name, Norm) and NORMS.get(name.name) is name:
         return name
     if norm is None:
-        known = ", ".join(map(repr, map(str, NORMS)))
+        known = ", ".join(map(repr, map(str, NORMS.copy())))
         raise ValueError(
             f"norm={name!r} is unknown; use one of: {known} (register_norm makes another known, "
             f"in each process)"

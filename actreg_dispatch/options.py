@@ -204,7 +204,8 @@ def check_lam(value: Any, norm: Norm) -> tuple[float, ...]:
     several = isinstance(value, (tuple, list))
     if norm.n_lams == 1:
         if several and len(value) > 1:
-            fitting = [repr(name) for name, each in NORMS.items() if each.n_lams == len(value)]
+            known = NORMS.copy().items()
+            fitting = [repr(name) for name, each in known if each.n_lams == len(value)]
             use = f", or use norm {' or '.join(fitting)}" if fitting else ""
             raise TypeError(
                 f"lam={value!r} are several numbers, but norm {norm.name!r} takes one; "

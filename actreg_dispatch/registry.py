@@ -74,10 +74,10 @@ class _Entry:
     array_type: str
     install: str
     backend: Backend | None = None
-    unavailable_because: str | None = None  # None: not asked yet
+    unavailable_because: str | None = None  # None: not asked yet; written last
 
 
-_ENTRIES: dict[str, _Entry] = {}
+_ENTRIES: dict[str, _Entry] = {}  # replaced as a whole, so that threads may walk through it
 # Class of an array -> dotted name of its library's array type.
 _ARRAY_TYPES: MutableMapping[type, str] = weakref.WeakKeyDictionary()
 _DECISIONS: dict[tuple[str, str, np.dtype[Any], bool], tuple[Backend, str]] = {}
@@ -121,10 +121,11 @@ def register_backend(
         raise ValueError(f"name={name!r} cannot name a backend: use a lower-case word, not 'auto'")
     if "." not in array_type:
         raise ValueError(f"array_type={array_type!r} is no dotted name: write it like {NUMPY!r}")
+    global _ENTRIES
     with _LOCK:
         if name in _ENTRIES:
             raise ValueError(f"name={name!r} is taken: choose another name for this backend")
-        _ENTRIES[name] = _Entry(load, array_type, install)
+        _ENTRIES = {**_ENTRIES, name: _Entry(load, array_type, install)}
         _ARRAY_TYPES.clear()
         _DECISIONS.clear()
 
@@ -222,9 +223,10 @@ def check_name(name: Any, source: str) -> str:
 def use_backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Choose a backend for every call inside a ``with`` block.
 
-    Holds in the current thread and the asyncio tasks started in the block, and gives way only to
-    the ``backend=`` argument of :class:`ActivityRegularization`. Blocks nest; ``"auto"`` means by
-    array type, whatever the environment variable says.
+    Holds in the current thread and the asyncio tasks started in the block (and in threads started
+    in it, where they inherit the context: by default in free-threaded builds of Python 3.14), and
+    gives way only to the ``backend=`` argument of :class:`ActivityRegularization`. Blocks nest;
+    ``"auto"`` means by array type, whatever the environment variable says.
 
     Parameters
     ----------

@@ -107,7 +107,8 @@ class ActivityRegularization(Constructors, Piecewise):
         lam = check_lam(lam, found)
         if epsilon is not None:
             if not found.has_guard:
-                guarded = ", ".join(repr(each.name) for each in NORMS.values() if each.has_guard)
+                known = NORMS.copy().values()
+                guarded = ", ".join(repr(each.name) for each in known if each.has_guard)
                 raise ValueError(
                     f"epsilon={epsilon!r} has no meaning for norm {found.name!r}; "
                     f"leave it out, it belongs to {guarded}"

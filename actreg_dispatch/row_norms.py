@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,9 @@ class RowNorm(Norm):
         return row_norm, (self.of_row, self.axis)
 
 
-@cache
+_KNOWN: dict[tuple[Norm, tuple[int, ...]], RowNorm] = {}
+
+
 def row_norm(norm: Norm, axis: tuple[int, ...]) -> RowNorm:
     """Return the norm of rows along ``axis``, the same one each time.
 
@@ -65,13 +66,16 @@ def row_norm(norm: Norm, axis: tuple[int, ...]) -> RowNorm:
     ValueError
         If the norm has no such sum: without a guard, rows of it add up to the whole.
     """
+    known = _KNOWN.get((norm, axis))
+    if known is not None:
+        return known
     if not _takes_axis(norm):
-        fitting = ", ".join(repr(each.name) for each in NORMS.values() if _takes_axis(each))
+        fitting = ", ".join(repr(each.name) for each in NORMS.copy().values() if _takes_axis(each))
         raise ValueError(
             f"axis={axis!r} has no meaning for norm {norm.name!r}; "
             f"leave it out, it belongs to {fitting}"
         )
-    return RowNorm(norm, axis)
+    return _KNOWN.setdefault((norm, axis), RowNorm(norm, axis))  # of threads, the first one's
 
 
 def _takes_axis(norm: Norm) -> bool:

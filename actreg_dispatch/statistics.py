@@ -20,9 +20,6 @@ Counts = tuple[Any, Any, Any, Any]
 class Counter(Protocol):
     """What counts on a device."""
 
-    units: int | None
-    """How many units it counts; None if it counts none."""
-
     def read(self) -> Counts:
         """Wait for the device and return what was counted there."""
 
@@ -46,8 +43,10 @@ class ActivationStatistics:
 
     Notes
     -----
-    Several threads may use one object. A call that raises counts nothing. What is counted on a
-    device stays there, and no call waits for it: who asks for a count does.
+    Several threads may use one object. A call that raises counts nothing; but it may have settled
+    how many units there are, which the first call does. Of calls that are under way while another
+    thread calls :meth:`clear`, each is counted or forgotten. What is counted on a device stays
+    there, and no call waits for it: who asks for a count does.
 
     Examples
     --------
@@ -71,6 +70,7 @@ class ActivationStatistics:
         with _CHANGING:
             self._counts: Counts = 0, 0, 0.0, None  # replaced as a whole
             self._counters: dict[Hashable, Counter] = {}
+            self._units: int | None = None  # settled before anything is counted
 
     @property
     def per_feature(self) -> bool:
@@ -111,6 +111,10 @@ class ActivationStatistics:
     def add(self, elements: Any, nonzero: Any, largest: Any, active: Any = None) -> None:
         """Add what a backend counted."""
         with _CHANGING:
+            if active is not None:
+                if self._units not in (None, len(active)):
+                    return  # it was cleared meanwhile, and counts others by now
+                self._units = len(active)
             self._counts = _sum_of(self._counts, (elements, nonzero, largest, active))
 
     def counter(self, place: Hashable, make: Callable[[], AnyCounter]) -> AnyCounter:
@@ -125,7 +129,7 @@ class ActivationStatistics:
             return counter
 
     def check(self, *activations: Any) -> None:
-        """Refuse activations whose units are others than those before.
+        """Refuse activations whose units are others than those before, or settle how many.
 
         Raises
         ------
@@ -134,25 +138,21 @@ class ActivationStatistics:
         """
         if not self._per_feature:
             return
-        units = self._units()
-        for each in activations:
-            if not each.shape:
-                raise ValueError(
-                    "statistics count units along the last axis, but activations have no axes; "
-                    "pass ActivationStatistics() without per_feature"
-                )
-            units = each.shape[-1] if units is None else units
-            if units != each.shape[-1]:
-                raise ValueError(
-                    f"statistics count {units} units, but the last axis of activations has "
-                    f"{each.shape[-1]}; pass statistics of their own"
-                )
-
-    def _units(self) -> int | None:
-        """Return how many units there are, if that is known, without waiting."""
         with _CHANGING:
-            active, counters = self._counts[3], list(self._counters.values())
-        return next((each.units for each in counters), None) if active is None else len(active)
+            units = self._units
+            for each in activations:
+                if not each.shape:
+                    raise ValueError(
+                        "statistics count units along the last axis, but activations have no axes; "
+                        "pass ActivationStatistics() without per_feature"
+                    )
+                units = each.shape[-1] if units is None else units
+                if units != each.shape[-1]:
+                    raise ValueError(
+                        f"statistics count {units} units, but the last axis of activations has "
+                        f"{each.shape[-1]}; pass statistics of their own"
+                    )
+            self._units = units  # before anything is written: another thread may be at its first
 
     def _all(self) -> Counts:
         """Return all counts; waits for the devices that have some."""
@@ -164,7 +164,8 @@ class ActivationStatistics:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied or pickled, which counts on the host."""
-        return {"_per_feature": self._per_feature, "_counts": self._all(), "_counters": {}}
+        counts = {"_counts": self._all(), "_counters": {}}
+        return {"_per_feature": self._per_feature, "_units": self._units, **counts}
 
     def __repr__(self) -> str:
         elements, nonzero, largest, _ = self._all()

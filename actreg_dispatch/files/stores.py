@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actreg_dispatch.dtypes import compute_dtype
+from actreg_dispatch.runtime.threads import lock_over_fork
 
 __all__ = [
     "FilesError",
@@ -39,6 +41,8 @@ Region = tuple[slice, ...]
 
 _NPY = b"\x93NUMPY"
 _START = 1 << 12  # bytes that are read to find the header
+_OPENING = threading.Lock()  # held while a setting of Zarr is another
+lock_over_fork(_OPENING)
 _LONGEST = 1 << 16  # bytes of a header that are read; NumPy refuses more than 10,000 characters
 
 
@@ -296,7 +300,8 @@ class ZarrArray:
         self._metadata = known[0]
         try:
             # A chunk that holds nothing but the fill value is written like any other.
-            with zarr.config.set({"array.write_empty_chunks": True}):
+            # That setting is the process's: of two threads, the later would restore the other's.
+            with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):
                 self._array: Any = zarr.open_array(self._folder, mode="r+" if writes else "r")
             self.shape = tuple(self._array.shape)
             self._stored = np.dtype(self._array.dtype)

@@ -48,7 +48,7 @@ def warmup(
     --------
     >>> warmup("float32", "l1")
     """
-    norms = NORMS if norms is None else norms
+    norms = NORMS.copy() if norms is None else norms
     for dtype in (dtypes,) if isinstance(dtypes, (str, type, np.dtype)) else tuple(dtypes):
         for norm in (norms,) if isinstance(norms, str) else tuple(norms):
             reg = ActivityRegularization(0.0, norm, backend=backend)

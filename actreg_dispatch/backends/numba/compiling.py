@@ -99,8 +99,8 @@ def source_hash() -> int:
     changed.
     """
     options = sorted(
-        f"{name}={value}"
-        for name, value in os.environ.items()
+        f"{name}={os.environ.get(name)}"  # which another thread may delete just now
+        for name in os.environ
         if name.startswith("NUMBA_") and name not in _NOT_IN_THE_CODE
     )
     options += [str(MOST_LAMS), str(MOST_COEFFICIENTS)]
