@@ -230,12 +230,12 @@ def _apply(
     elif os.path.lexists(path):
         raise FilesError(left_behind(path))
     try:
-        block_bytes = BLOCK_BYTES if journal is None else int(journal.about["block bytes"])
+        block_bytes = BLOCK_BYTES if journal is None else journal.about["block bytes"]
         regions = g.regions(block_bytes)
         run = _Run(options, x, w, scale, progress)
         about = about_update(options, x, w, g, scale, block_bytes, regions)
         if journal is not None:
-            journal.check_same(about)
+            journal.check_same(about, g, regions)
         found = run.sum() if options.norm.two_pass or not regions else None
         if found is not None and not (regions and found.has_gradient):
             return run.result(found)

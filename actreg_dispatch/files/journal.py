@@ -9,12 +9,18 @@ block and the block's old values. A slot counts if its checksums fit. Slots take
 half written, because just then the power failed, leaves the other, the block before, whose new
 values were on disk by then. To go on from there is right, too, and the block after it has not been
 touched.
+
+Who can write to the folder can write a journal, and checksums tell only what is torn. So nothing in
+a journal is a name: it says which files it is of by what :meth:`Store.identity` tells, and which
+bytes of them by the number of a block, and all of it must fit the files that the caller names.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from actreg_dispatch.files.checks import elements_of
 from actreg_dispatch.files.stores import (
     FilesError,
     Region,
@@ -113,12 +120,18 @@ class Journal:
             If there is none, it is not a journal, or the run is still under way.
         """
         try:
-            file = path.open("r+b", buffering=0)
+            file: Any = open(path, "r+b", buffering=0, opener=_open_itself)  # noqa: SIM115
         except FileNotFoundError:
             raise FilesError(
                 f"there is no {path}, so nothing to resume; leave --resume out to apply anew"
             ) from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise FilesError(_not_ours(path, "is a symbolic link")) from None
         try:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FilesError(_not_ours(path, "is no regular file"))
             _lock(file, path)
             page = read_fully(file, 0, min(_PAGE, os.fstat(file.fileno()).st_size))
             if not page.any():  # stopped while it was made
@@ -126,7 +139,12 @@ class Journal:
                 file.close()
                 return None
             about = _description_on(page)
-            if about is None or about.pop("format", None) != _FORMAT:
+            sizes = ("block bytes", "slot bytes")
+            if (
+                about is None
+                or about.pop("format", None) != _FORMAT
+                or not all(_is_count(about.get(size)) for size in sizes)
+            ):
                 raise FilesError(
                     f"{path} is no complete journal of actreg; if the power failed while one was "
                     f"made, the gradients are untouched: delete it and leave --resume out"
@@ -136,13 +154,14 @@ class Journal:
             file.close()
             raise
 
-    def check_same(self, about: dict[str, Any]) -> None:
-        """Refuse to go on with another update than the one that was begun.
+    def check_same(self, about: dict[str, Any], store: Store, regions: Sequence[Region]) -> None:
+        """Refuse to go on with another update of ``store`` than the one that was begun.
 
         Raises
         ------
         FilesError
-            If it was; the message says in what they differ.
+            If it was; the message says in what they differ. Or if a slot holds no block of the
+            ``regions``.
         """
         for key, now in about.items():
             then = self.about.get(key)
@@ -150,6 +169,15 @@ class Journal:
                 raise FilesError(
                     f"{self.path} is of an update with {key} {then}, not {now}; "
                     f"resume it with the arguments and files that it was begun with"
+                )
+        for slot in filter(None, map(self._described, range(2))):
+            index: Any = slot.get("block")
+            known = _is_count(index) and index < len(regions)
+            size = elements_of(regions[index]) * store.dtype.itemsize if known else None
+            if size is None or slot.get("bytes") != size:
+                raise FilesError(
+                    f"{self.path} has a block that {store.path} have not; it was not written by "
+                    f"actreg: put all gradients back from a copy, and delete it"
                 )
 
     def record(self, index: int, old: np.ndarray[Any, Any]) -> None:
@@ -171,14 +199,17 @@ class Journal:
 
     def _slot(self, number: int) -> tuple[int, int, int] | None:
         """Return a slot's block, and where and how long its old values are; None if it is torn."""
-        place = _PAGE + number * self._stride
-        description = _description_on(read_fully(self._file, place, _PAGE))
+        description = self._described(number)
         if description is None:
             return None
-        size = description["bytes"]
-        if zlib.crc32(read_fully(self._file, place + _PAGE, size).data) != description["crc32"]:
+        place, size = _PAGE + number * self._stride + _PAGE, description["bytes"]
+        if zlib.crc32(read_fully(self._file, place, size).data) != description.get("crc32"):
             return None
-        return description["block"], place + _PAGE, size
+        return description["block"], place, size
+
+    def _described(self, number: int) -> dict[str, Any] | None:
+        """Return what a slot says of its block; None if it is torn."""
+        return _description_on(read_fully(self._file, _PAGE + number * self._stride, _PAGE))
 
     def remove(self) -> None:
         """Delete the journal: the update is complete."""
@@ -228,6 +259,19 @@ def left_behind(path: Path) -> str:
     )
 
 
+def _open_itself(path: str, flags: int) -> int:
+    """Open a file, but not what it is a symbolic link to, and without waiting for a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _not_ours(path: Path, reason: str) -> str:
+    return f"{path} {reason}, so it is no journal of actreg; see who put it there, and delete it"
+
+
 def _not_written(path: Path, error: OSError) -> str:
     return (
         f"the journal {path} cannot be written: {error.strerror}; it takes two blocks beside the "
@@ -261,6 +305,6 @@ def _description_on(page: Any) -> dict[str, Any] | None:
         outer = json.loads(bytes(page))
         description = json.loads(outer["of"])
         intact = zlib.crc32(outer["of"].encode()) == outer["crc32"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return description if intact else None
+    return description if intact and isinstance(description, dict) else None

@@ -293,6 +293,12 @@ class ZarrArray:
                 f"with: python -m pip install 'actreg-dispatch[files]'"
             ) from None
         self.path, self._folder = path, Path(path).resolve()
+        link = _link_in(self._folder)
+        if link is not None:
+            raise FilesError(
+                f"{name} {path} have a symbolic link, {link}, which is not followed; "
+                f"put what it leads to in its place"
+            )
         metadata = [self._folder / file for file in ("zarr.json", ".zarray")]
         known = [file for file in metadata if file.is_file()]
         if not known:
@@ -349,6 +355,19 @@ class ZarrArray:
 
     def close(self) -> None:
         pass
+
+
+def _link_in(folder: Path) -> str | None:
+    """Return a symbolic link anywhere in a folder, which could lead out of it; None if none is."""
+    folders = [os.fspath(folder)]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    return entry.path
+                if entry.is_dir():
+                    folders.append(entry.path)
+    return None
 
 
 def _grid(shape: Sequence[int], steps: Sequence[int]) -> Iterator[Region]:
