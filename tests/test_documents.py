@@ -19,7 +19,7 @@ NEEDS = {  # notebook -> what may not be installed for the tests
     "04_weights.ipynb": ("torch",),
 }
 PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs" / "api").glob("*.md")),
 ]
@@ -111,6 +111,7 @@ ELSEWHERE = (
     "python -m pytest",
     "python -m sphinx",
     "python -m build",
+    "python -m pip_audit",
     "python -m twine",
     "bash .ci/run",
     "compute-sanitizer --tool ",
