@@ -35,6 +35,7 @@ from actreg_dispatch.norms import ActivityNorm, Norm
 from actreg_dispatch.oracle import exact_result, exact_row_result
 
 THREADS = 6
+NORMS = ActivityNorm.L1, ActivityNorm.L2, ActivityNorm.HOYER  # of one pass, of two, of two sums
 LAYOUTS = {
     "short": lambda x: x[:16],
     "matrix": lambda x: x.reshape(6, 40),
@@ -64,17 +65,18 @@ def at_once(*works):
             errors.append(error)
             raise
 
-    threads = [threading.Thread(target=run, args=each) for each in enumerate(works)]
+    threads = [threading.Thread(target=run, args=each, daemon=True) for each in enumerate(works)]
     hook, threading.excepthook = threading.excepthook, lambda _: None  # they are raised below
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(600)  # kernels may have to be compiled, on a busy machine
     finally:
         threading.excepthook = hook
     if errors:
         raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    assert len(found) == len(works), "some threads do not come to an end"
     return [found[number] for number in range(len(works))]
 
 
@@ -97,7 +99,7 @@ class Case:
 
 @pytest.fixture(scope="module")
 def cases():
-    of_all = ActivityNorm, (np.float32, np.float64), LAYOUTS
+    of_all = NORMS, (np.float32, np.float64), LAYOUTS
     return [Case(*each) for each in itertools.product(*of_all)]
 
 
@@ -110,7 +112,7 @@ def _no_kernels(monkeypatch):
 @pytest.mark.usefixtures("_no_kernels")
 def test_regularizations_are_shared_from_their_first_call_on(cases):
     for repeat in range(4):  # kernels are new in the first, plans in all
-        regs = {norm: ActivityRegularization(0.1, norm) for norm in ActivityNorm}
+        regs = {norm: ActivityRegularization(0.1, norm) for norm in NORMS}
 
         def work(number, regs=regs, repeat=repeat):
             start = (7 * number + repeat) % len(cases)
@@ -122,7 +124,7 @@ def test_regularizations_are_shared_from_their_first_call_on(cases):
 
 def test_large_arrays_at_once():
     x = np.random.default_rng(2).normal(size=60_001).astype(np.float32)
-    expected = {norm: exact_result(x, np.ones_like(x), norm, 0.1) for norm in ActivityNorm}
+    expected = {norm: exact_result(x, np.ones_like(x), norm, 0.1) for norm in NORMS[:2]}
 
     def work():
         for norm, (penalty, updated) in expected.items():
@@ -234,7 +236,7 @@ class Doubling(Backend):
 
 @pytest.mark.usefixtures("registered")
 def test_backends_are_registered_while_others_call(cases):
-    reg, loaded, names = {norm: ActivityRegularization(0.1, norm) for norm in ActivityNorm}, [], []
+    reg, loaded, names = {norm: ActivityRegularization(0.1, norm) for norm in NORMS}, [], []
     few = cases[::7]
 
     def register():
