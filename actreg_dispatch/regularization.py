@@ -34,7 +34,6 @@ from actreg_dispatch.sums.certified import NOT_HANDLED
 
 __all__ = ["ActivityRegularization", "check_regularization"]
 
-
 Strength = float | tuple[float, ...]
 
 
