@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
 
 from actreg_dispatch.dtypes import FLOAT16
 
@@ -30,6 +30,7 @@ __all__ = [
     "value_of",
     "weighted_counts_of",
     "widen",
+    "word_of",
 ]
 
 
@@ -188,15 +189,21 @@ def extremes(xs):  # type: ignore[no-untyped-def]
     return value_of(_as_number(xs[0], largest)), value_of(_as_number(xs[0], smallest))
 
 
+def word_of(xs: Any) -> Any:
+    """Return the unsigned integers as wide as an element, which can count those of a block."""
+
+
+@overload(word_of)
+def _word_of(xs):  # type: ignore[no-untyped-def]
+    word = getattr(types, f"uint{xs.dtype.bitwidth}")
+    return lambda xs: word
+
+
 @register_jitable
 def counts_of(xs):  # type: ignore[no-untyped-def]
-    """Return how many elements are not 0, and the largest magnitude.
-
-    They are counted by integers as wide as an element, which hold the number of a block.
-    """
-    largest = _magnitude_bits(xs[0])
-    word = type(largest)
-    nonzero = word(0)
+    """Return how many elements are not 0, and the largest magnitude."""
+    word = word_of(xs)
+    largest, nonzero = _magnitude_bits(xs[0]), word(0)
     for j in range(xs.size):
         magnitude = _magnitude_bits(xs[j])
         largest = max(largest, magnitude)
@@ -207,7 +214,7 @@ def counts_of(xs):  # type: ignore[no-untyped-def]
 @register_jitable
 def weighted_counts_of(xs, ws):  # type: ignore[no-untyped-def]
     """Do :func:`counts_of` for elements whose weight is not 0, of which there are so many."""
-    word = type(_magnitude_bits(xs[0]))
+    word = word_of(xs)
     largest, nonzero, kept = word(0), word(0), word(0)
     for j in range(xs.size):
         magnitude = select(ws[j] != 0, _magnitude_bits(xs[j]), word(0))

@@ -40,7 +40,7 @@ from actreg_dispatch.backends.numba.addresses import (
     new_totals,
     plan_at,
 )
-from actreg_dispatch.backends.numba.bits import larger, value_of
+from actreg_dispatch.backends.numba.bits import larger, widen
 from actreg_dispatch.backends.numba.compiling import compile_function, compile_kernel
 from actreg_dispatch.backends.numba.functions import GRADIENT, UNCERTAIN
 from actreg_dispatch.backends.numba.rows import store_of
@@ -302,7 +302,7 @@ def active_kernel(dtype: np.dtype[Any], masked: bool, parallel: bool) -> Any:
             for row in range(k * rows // shares, (k + 1) * rows // shares):
                 values, kept = x[row], mask[row]
                 for j in range(mine.size):
-                    is_active = value_of(values[j]) != 0.0
+                    is_active = widen(values[j]) != 0
                     mine[j] += is_active and (not masked or kept[j])
 
     x = types.Array(numba.from_dtype(dtype), 2, "A", readonly=True)

@@ -31,6 +31,7 @@ from actreg_dispatch.backends.numba.bits import (
     power_of_two,
     select,
     widen,
+    word_of,
 )
 from actreg_dispatch.dtypes import FLOAT64
 from actreg_dispatch.norms import Norm, signed, sqrt
@@ -389,12 +390,13 @@ def _merge_both(a, b):  # type: ignore[no-untyped-def]
 @register_jitable
 def bad_and_large(w):  # type: ignore[no-untyped-def]
     """Return how many weights are negative or not finite, and how many are MOST_WEIGHT or more."""
-    bad, large = 0, 0
+    word = word_of(w)
+    bad, large = word(0), word(0)
     for j in range(w.size):
         each = widen(w[j])
-        bad += not (0.0 <= each < math.inf)
-        large += each >= MOST_WEIGHT
-    return bad, large
+        bad = word(bad + (not (0.0 <= each < math.inf)))
+        large = word(large + (each >= MOST_WEIGHT))
+    return int(bad), int(large)
 
 
 ONE = "one"
