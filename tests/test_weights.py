@@ -11,7 +11,13 @@ import pytest
 from numpy.testing import assert_array_equal
 from supported import DTYPES, dtypes
 
-from actreg_dispatch import ActivityNorm, ActivityRegularization, MixedArraysError, dispatch
+from actreg_dispatch import (
+    ActivationStatistics,
+    ActivityNorm,
+    ActivityRegularization,
+    MixedArraysError,
+    dispatch,
+)
 from actreg_dispatch.backends.numba.exact import EXACT_TERMS
 from actreg_dispatch.norms import NORMS, Norm
 from actreg_dispatch.oracle import exact_result, exact_sum
@@ -228,6 +234,19 @@ def test_bad_weights_are_refused_before_anything_is_written(norm, bad):
                     with pytest.raises(ValueError, match=r"weights have .* at \(.*>= 0; use 0 to"):
                         call()
                 assert (g == 7.0).all()
+
+
+def test_one_bad_weight_of_many_is_found_before_anything_is_counted_or_written():
+    x, w, g = np.ones((2, 20_000)), np.ones((2, 40_000))[:, ::2], np.zeros((2, 20_000))
+    w[1, -1] = -1.0
+    statistics = ActivationStatistics()
+    for norm in ("l1", "l2"):
+        reg = ActivityRegularization(0.5, norm)
+        for call in (reg.penalty, lambda x, r=reg, **options: r.apply(x, g, **options)):
+            with pytest.raises(ValueError, match=r"weights have -1.0 at \(1, 19999\)"):
+                call(x, weights=w, statistics=statistics)
+    assert statistics.elements == 0
+    assert not g.any()
 
 
 def test_large_weights_that_overflow_their_own_square_are_not_bad():

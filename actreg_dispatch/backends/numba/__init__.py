@@ -20,7 +20,7 @@ import numpy as np
 
 from actreg_dispatch.backend import Backend
 from actreg_dispatch.backends.numba import drivers, functions, row_norms
-from actreg_dispatch.backends.numba.addresses import SUMS, Call, Plan
+from actreg_dispatch.backends.numba.addresses import BAD, LARGE, Call, Plan
 from actreg_dispatch.backends.numba.bits import bits_of
 from actreg_dispatch.backends.numba.calls import call_of, is_parallel, run
 from actreg_dispatch.backends.numba.compiling import kernel_of
@@ -310,8 +310,8 @@ def _bad_and_large(weights: Array | None) -> tuple[bool, bool]:
     if weights is None or weights.dtype.kind == "b" or not weights.size:
         return False, False
     w = each_once(weights)
-    bad, large = run(call_of(w, w), kernel_of(functions.checking_function, w.dtype))[SUMS:][:2]
-    return bool(bad), bool(large)
+    found = run(call_of(w, w, w), kernel_of(functions.checking_function, w.dtype))
+    return bool(found[BAD]), bool(found[LARGE])
 
 
 def _needs_care(activations: Array, weights: Array | None) -> bool:
@@ -332,9 +332,12 @@ def _whole(
     overwrites: bool = False,
 ) -> Any:
     """Do a whole call, with an exact sum if it takes one, and return the penalty."""
-    has_large_weights = _check_values(weights)
     call = call_of(x, g, weights, norm, constants)
-    call.needs_exact_sum = has_large_weights and x.dtype == FLOAT64
+    writes_first = writes and not norm.two_pass
+    if writes_first or weights is None or each_once(weights).size < x.size:
+        call.needs_exact_sum = _check_values(weights)
+    elif weights.dtype.kind != "b":  # as many as elements: read once, and checked on the way
+        call.check_weights = kernel_of(functions.checking_function, weights.dtype).address
     if statistics is not None:
         counting = kernel_of(functions.counting_function, x.dtype, weights is not None)
         call.count_elements = counting.address
@@ -351,12 +354,14 @@ def _whole(
     whole = kernel_of(drivers.whole_function, parallel).ctypes
     penalty = whole(ctypes.addressof(plan), ctypes.addressof(call))
     if penalty < 0.0:
+        if call.total[BAD]:
+            check_weight_values(weights)
         found = outcome_of(BACKEND.partial_sum(x, norm, weights), norm, constants)
         penalty = found.penalty
         if writes and norm.two_pass and found.has_gradient:
             BACKEND.add_gradient(x, g, norm, constants, found.coefficients, weights)
     if statistics is not None:
-        elements, nonzero, largest = call.counts
+        elements, nonzero, largest, *_ = call.counts
         active = _active(x, weights) if statistics.per_feature else None
         statistics.add(int(elements), int(nonzero), largest, active)
     return COMPUTE_DTYPES[x.dtype].type(penalty)

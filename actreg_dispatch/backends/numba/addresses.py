@@ -21,9 +21,11 @@ from actreg_dispatch.norms import MOST_COEFFICIENTS, MOST_LAMS
 from actreg_dispatch.sums.certified import PLAIN_TERMS
 
 __all__ = [
+    "BAD",
     "BLOCK",
     "BLOCK_SIGNATURE",
     "CALL_SIGNATURE",
+    "LARGE",
     "ROWS",
     "SUMS",
     "TOTALS",
@@ -47,7 +49,9 @@ __all__ = [
 
 _LAMS = ctypes.c_double * MOST_LAMS
 SUMS = 4  # numbers that sums take: a pair (hi, lo) for each
-TOTALS = SUMS + 3  # and how many elements were counted, how many were not 0, and the largest
+# Then how many elements were counted, how many were not 0, and the largest; and how many weights
+# are bad, and how many are too large for quick sums of squares in binary64.
+BAD, LARGE, TOTALS = SUMS + 3, SUMS + 4, SUMS + 5
 BLOCK = PLAIN_TERMS  # elements that one thread does at a time
 ROWS = 128  # in a block at most, where a norm is one of rows
 SHARES = 256  # of a call, which threads take in turn
@@ -69,6 +73,7 @@ class Call(ctypes.Structure):
         ("weights", ctypes.c_int64),  # if there are any, and what gathers them
         ("gather", ctypes.c_int64),
         ("needs_exact_sum", ctypes.c_int64),  # since some weights are too large
+        ("check_weights", ctypes.c_int64),  # what checks a block of them, if they are not yet
         ("count_elements", ctypes.c_int64),  # what counts for statistics, if it is wanted
         ("sizes", ctypes.c_int64),  # of rows, if they are wanted
         ("undecided", ctypes.c_int64),  # rows, which are marked

@@ -23,7 +23,9 @@ from numba import types
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
+    BAD,
     BLOCK,
+    LARGE,
     SHARES,
     SUMS,
     TOTALS,
@@ -85,6 +87,8 @@ def _add_to(there, part):  # type: ignore[no-untyped-def]
     total[SUMS] += more[SUMS]
     total[SUMS + 1] += more[SUMS + 1]
     total[SUMS + 2] = larger(total[SUMS + 2], more[SUMS + 2])
+    total[BAD] += more[BAD]
+    total[LARGE] += more[LARGE]
 
 
 @register_jitable
@@ -163,7 +167,7 @@ def whole_function(parallel: bool) -> Any:
         functions, call = plan_at(plan), call_at(address)
         run_pass(functions.first, address)
         _keep_counts(address_of(call.counts), address_of(call.total))
-        call.count_elements = 0  # they have been counted
+        call.check_weights = call.count_elements = 0  # that has been done
         found = call_function(functions.finish, (address,))
         if found == UNCERTAIN:
             return NOT_HANDLED if functions.second != 0 else NEEDS_EXACT_SUM
@@ -254,7 +258,7 @@ def _several_lams(lam):  # type: ignore[no-untyped-def]
 def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
     """Write down that the arrays are one row, without weights."""
     call.weights = call.gather = call.w_step = 0
-    call.needs_exact_sum = call.count_elements = 0
+    call.needs_exact_sum = call.check_weights = call.count_elements = 0
     call.activations, call.gradients, call.size, call.length = x, g, size, size
     call.x_step = call.g_step = itemsize
     call.n_axes = call.axes = 0

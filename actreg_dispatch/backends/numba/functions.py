@@ -14,9 +14,11 @@ import numpy as np
 from numba.extending import register_jitable
 
 from actreg_dispatch.backends.numba.addresses import (
+    BAD,
     BLOCK,
     BLOCK_SIGNATURE,
     CALL_SIGNATURE,
+    LARGE,
     SUMS,
     TOTALS,
     call_at,
@@ -127,6 +129,8 @@ def block_function(
             elif overwrites:
                 gs[:] = 0
         store(dense_row(np.float64, there, TOTALS, 8), total + padding)
+        if weighted and call.check_weights != 0:
+            call_block(call.check_weights, (address, number, there))
         if call.count_elements != 0:
             call_block(call.count_elements, (address, number, there))
         return 0
@@ -179,7 +183,8 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
             real,
         )
         penalty, c, has_gradient = found
-        if call.needs_exact_sum != 0 or not (certain and penalty >= 0.0):
+        bad, large = call.total[BAD] != 0.0, call.total[LARGE] != 0.0 or call.needs_exact_sum != 0
+        if bad or (large and anchored) or not (certain and penalty >= 0.0):
             return UNCERTAIN
         call.penalty = penalty
         store(call.coefficients, c)
@@ -206,9 +211,10 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
 
 
 def checking_function(weights: np.dtype[Any]) -> Any:
-    """Compile what counts, of a block of weights, the bad ones, and those too large for squares.
+    """Compile what counts, of the weights of a block, the bad ones, and those that are too large.
 
-    It is given what a block function is, and leaves the counts next to the total.
+    It is given what a block function is, and leaves the counts next to the total, as which it will
+    do alone.
     """
     bits = bits_of(weights)
     element, itemsize = bits.type, bits.itemsize
@@ -216,15 +222,15 @@ def checking_function(weights: np.dtype[Any]) -> Any:
     def check(address, number, there):  # type: ignore[no-untyped-def]
         call, total = call_at(address), dense_row(np.float64, there, TOTALS, 8)
         first = number * call.pieces_per_block
-        total[:] = 0.0
+        total[BAD] = total[LARGE] = 0.0
         for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
-            w, _g, _w, count = _piece(call, piece)
-            if call.x_step == itemsize:
+            _x, _g, w, count = _piece(call, piece)
+            if call.w_step == itemsize:
                 bad, large = bad_and_large(dense_row(element, w, count, itemsize))
             else:
-                bad, large = bad_and_large(strided_row(element, w, count, call.x_step))
-            total[SUMS] += bad
-            total[SUMS + 1] += large
+                bad, large = bad_and_large(strided_row(element, w, count, call.w_step))
+            total[BAD] += bad
+            total[LARGE] += large
         return 0
 
     return compile_function(check, BLOCK_SIGNATURE, weights)
@@ -239,7 +245,7 @@ def counting_function(dtype: np.dtype[Any], weighted: bool) -> Any:
     element, itemsize, real = bits.type, bits.itemsize, COMPUTE_DTYPES[dtype].type
 
     def count_elements(address, number, there):  # type: ignore[no-untyped-def]
-        call, counts = call_at(address), dense_row(np.float64, there + 8 * SUMS, TOTALS - SUMS, 8)
+        call, counts = call_at(address), dense_row(np.float64, there + 8 * SUMS, BAD - SUMS, 8)
         first = number * call.pieces_per_block
         for piece in range(first, min(first + call.pieces_per_block, call.all_pieces)):
             x, _g, _w, count = _piece(call, piece)

@@ -208,7 +208,10 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
             *(finite, finite, finite, (0.0, 0.0), size_of, size_of, size_at, largest_size),
             *(no_update, no_gradient, ones, ones),
         )
-        store(dense_row(np.float64, there, TOTALS, 8), (total, rest, doubt, 0.0, special, 0.0, 0.0))
+        store(
+            dense_row(np.float64, there, TOTALS, 8),
+            (total, rest, doubt, 0.0, special, 0.0, 0.0, 0.0, 0.0),
+        )
         return 0
 
     return compile_function(block, BLOCK_SIGNATURE, *key)
