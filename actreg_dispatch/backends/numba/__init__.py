@@ -374,13 +374,14 @@ def _active(x: Array, weights: Array | None) -> Array:
         return np.zeros(features, np.int64)
     bits = bits_of(x.dtype)
     rows = x.view(bits).reshape(-1, features)
-    kept = None
+    kept = rows
     if weights is not None:
         kept = np.broadcast_to(each_once(weights) != 0, x.shape).reshape(-1, features)
     shares = min(EXACT_SHARES, len(rows)) if x.size >= PARALLEL_FROM and may_use_threads() else 1
     counts = np.zeros((shares, features), np.int64)
-    kernel = kernel_of(drivers.active_kernel, bits, kept is not None, shares > 1)
-    kernel(rows, rows if kept is None else kept, counts)
+    dense = rows.flags.c_contiguous and kept.flags.c_contiguous
+    kernel = kernel_of(drivers.active_kernel, bits, weights is not None, dense, shares > 1)
+    kernel(rows, kept, counts)
     total: Array = counts.sum(axis=0)
     return total
 

@@ -292,11 +292,11 @@ def describing_kernel(dtype: np.dtype[Any], axes: int, writes: bool) -> Any:
     return compile_kernel(kernel, _INT(x, g, _INT, _INT, _INT), dtype, axes, writes, _nrt=False)
 
 
-def active_kernel(dtype: np.dtype[Any], masked: bool, parallel: bool) -> Any:
+def active_kernel(dtype: np.dtype[Any], masked: bool, dense: bool, parallel: bool) -> Any:
     """Compile what counts, for each column of a matrix, the elements that are not 0.
 
     It is given the matrix, a mask of its shape if it is ``masked``, and counts for each share of
-    the rows.
+    the rows. If they are ``dense``, matrix and mask are contiguous.
     """
 
     def kernel(x, mask, counts):  # type: ignore[no-untyped-def]
@@ -307,12 +307,13 @@ def active_kernel(dtype: np.dtype[Any], masked: bool, parallel: bool) -> Any:
                 values, kept = x[row], mask[row]
                 for j in range(mine.size):
                     is_active = widen(values[j]) != 0
-                    mine[j] += is_active and (not masked or kept[j])
+                    mine[j] += is_active & (not masked or kept[j] != 0)
 
-    x = types.Array(numba.from_dtype(dtype), 2, "A", readonly=True)
-    mask = types.Array(types.boolean, 2, "A", readonly=True) if masked else x
+    layout = "C" if dense else "A"
+    x = types.Array(numba.from_dtype(dtype), 2, layout, readonly=True)
+    mask = types.Array(types.boolean, 2, layout, readonly=True) if masked else x
     signature = types.void(x, mask, types.Array(_INT, 2, "C"))
-    return compile_kernel(kernel, signature, dtype, masked, parallel, parallel=parallel)
+    return compile_kernel(kernel, signature, dtype, masked, dense, parallel, parallel=parallel)
 
 
 def rows_kernel(dtype: np.dtype[Any]) -> Any:
