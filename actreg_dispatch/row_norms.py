@@ -191,6 +191,8 @@ class RowsBackend(Backend):
             if g is None:
                 return one.penalty(x, of_row, constants, **given(w, statistics))
             return one.apply(x, g, of_row, constants, **given(w, statistics))
+        if statistics is not None:  # first, since it may refuse
+            self._backend.penalty(activations, L1, _NOTHING, **given(weights, statistics))
         found = self._backend.apply_to_rows(x, g, norm, constants, w)
         if found is None:
             check_weight_values(weights)
@@ -200,8 +202,6 @@ class RowsBackend(Backend):
             if self._array_type != NUMPY:
                 with on_device_of(activations, self._array_type):
                     found = move(found, NUMPY, self._array_type)[()]
-        if statistics is not None:
-            self._backend.penalty(activations, L1, _NOTHING, **given(weights, statistics))
         return found
 
     def _one_by_one(self, x: Any, g: Any, norm: RowNorm, constants: Constants, w: Any) -> Total:

@@ -213,13 +213,14 @@ def test_nothing_is_counted_or_written_where_a_call_raises(cupy):
     assert statistics.elements == 4
 
 
-def test_a_capture_is_refused(cupy, monkeypatch):
+@pytest.mark.parametrize("reg", [REG, ActivityRegularization.l2(0.5, axis=1)])
+def test_a_capture_is_refused(cupy, monkeypatch, reg):
     """A graph would count when it is launched, wherever the counters are by then."""
     captured = types.SimpleNamespace(ptr=0, is_capturing=lambda: True)
     monkeypatch.setattr(cupy.cuda, "get_current_stream", lambda: captured)
-    x, g, statistics = cupy.ones(3), cupy.zeros(3), ActivationStatistics()
+    x, g, statistics = cupy.ones((3, 2)), cupy.zeros((3, 2)), ActivationStatistics()
     with pytest.raises(ValueError, match=r"statistics .* CUDA graph.* capture the call without"):
-        REG.apply(x, g, statistics=statistics)
+        reg.apply(x, g, statistics=statistics)
     assert not g.get().any()
 
 
