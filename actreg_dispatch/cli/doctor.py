@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 import platform
+import re
 import sys
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -73,7 +73,11 @@ def _entry(name: str, text: str) -> str:
     return _wrap(f"{name:6} {text}", subsequent_indent=" " * 7)
 
 
-_wrap = partial(textwrap.fill, width=80, break_long_words=False, break_on_hyphens=False)
+def _wrap(text: str, **indents: Any) -> str:
+    """Wrap a text at 80 characters, but not within a command."""
+    kept = re.sub(r"python -m pip install \S+", lambda found: found[0].replace(" ", "\0"), text)
+    wrapped = textwrap.fill(kept, 80, break_long_words=False, break_on_hyphens=False, **indents)
+    return wrapped.replace("\0", " ")
 
 
 def _installed(name: str) -> str:
