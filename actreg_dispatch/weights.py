@@ -38,7 +38,7 @@ def first_bad(weights: Any) -> tuple[int, ...] | None:
     each = each_once(weights)
     with np.errstate(invalid="ignore"):
         bad = ~((each >= 0) & (each < math.inf))
-    return tuple(int(axis[0]) for axis in np.nonzero(bad)) if bad.any() else None
+    return tuple(np.argwhere(bad)[0].tolist()) if bad.any() else None
 
 
 def kept_of(reduction: Reduction, mask: Any, name: str = "activations") -> int:

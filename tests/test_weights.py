@@ -249,6 +249,17 @@ def test_one_bad_weight_of_many_is_found_before_anything_is_counted_or_written()
     assert not g.any()
 
 
+@pytest.mark.parametrize("name", ["numpy", "numba"])
+def test_a_bad_weight_without_axes_is_refused(name):
+    x, g, w = np.array(2.0), np.array(3.0), np.array(-1.0)
+    for norm in ("l1", "l2"):
+        reg = ActivityRegularization(0.5, norm, backend=name)
+        for call in (reg.penalty, reg.partial_sum, lambda x, r=reg, **w: r.apply(x, g, **w)):
+            with pytest.raises(ValueError, match=r"weights have -1.0 at \(\), but"):
+                call(x, weights=w)
+    assert g == 3.0
+
+
 def test_large_weights_that_overflow_their_own_square_are_not_bad():
     reg, g = ActivityRegularization(1e-300), np.zeros(2)
     assert reg.apply(np.ones(2), g, weights=np.full(2, 1e300)) == 2.0
