@@ -453,6 +453,43 @@ def test_the_size_of_a_row_may_fall_as_its_sum_grows(monkeypatch, dtype):
     assert found[0][2].units == int(sum(sizes) * 2**3222)
 
 
+def test_sizes_beyond_the_range_of_binary64_decide_nothing(monkeypatch):
+    monkeypatch.setattr(norms, "NORMS", dict(norms.NORMS))
+    options = {
+        "terms": (2,),
+        "gradient": lambda x, lam, c: (lam[0] * c[0]) * x,
+        "guard": lambda s, epsilon: s[0] > epsilon,
+    }
+    # The size is infinite, but what is half way between two coefficients still needs care.
+    norms.register_norm(
+        norms.Norm(
+            "fourth_power",
+            penalty=lambda lam, s: lam[0] * (s[0] * s[0]),
+            coefficients=lambda lam, s: (s[0],),
+            **options,
+        )
+    )
+    # The size is finite, but would be NaN if the sum were infinite.
+    norms.register_norm(
+        norms.Norm(
+            "root",
+            penalty=lambda lam, s: lam[0] * (s[0] / norms.sqrt(s[0])),
+            coefficients=lambda lam, s: (norms.sqrt(s[0]) / s[0],),
+            **options,
+        )
+    )
+    halves = np.array([[115261238, 1e-200, 1983], [128775227, 1e-200, 286]]) * 2.0**250
+    huge = np.array([[3e200, 4e200], [3.0, 4.0]])
+    for norm, x, penalty in (("fourth_power", halves, math.inf), ("root", huge, 5e200)):
+        found = []
+        for backend in ("numpy", "numba"):
+            g, reg = np.zeros_like(x), ActivityRegularization(1.0, norm, axis=-1, backend=backend)
+            sizes = [reg.apply(x, g), reg.penalty(x), reg.finish(reg.partial_sum(x))]
+            np.testing.assert_allclose(sizes, penalty, rtol=1e-15)
+            found.append((np.array(sizes).tobytes(), g.tobytes()))
+        assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("tiny", [0.0, 1e-200, 2.0**-480, 1e-300, 2.0**-55])
 def test_a_tie_is_none_if_anything_is_added(backend, tiny):
     # Of each pair the sum of squares is half way between two numbers of binary64; that to even is

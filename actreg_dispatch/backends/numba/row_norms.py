@@ -178,8 +178,9 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
             )
         writes, keeps_sizes, doubt, special = call.gradients != 0, call.sizes != 0, 0.0, 0.0
         for k in range(count):
-            one = evaluate((found[k],), ones, ones, epsilon, np.float64)
-            other = evaluate((found[ROWS + k],), ones, ones, epsilon, np.float64)
+            below, above = found[k], found[ROWS + k]
+            one = evaluate((below,), ones, ones, epsilon, np.float64)
+            other = evaluate((above,), ones, ones, epsilon, np.float64)
             size, more = min(one[0], other[0]), abs(other[0] - one[0])
             is_finite = math.isfinite(size)
             found[2 * ROWS + k] = size if is_finite else 0.0
@@ -187,8 +188,8 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
             special = plus(special, 0.0 if is_finite else size)
             at_one_end = 0.0, load_c(one[1], real), one[2]
             at_other_end = 0.0, load_c(other[1], real), other[2]
-            certain = not is_finite or agree(at_one_end, at_other_end)
-            found[3 * ROWS + k] = 0.0 if (certain if writes else not more > 0.0) else 1.0
+            certain = agree(at_one_end, at_other_end) if writes else more == 0.0
+            found[3 * ROWS + k] = 1.0 if math.isfinite(below) and not certain else 0.0
         if writes or keeps_sizes:
             undecided = dense_row(np.uint8, call.undecided + first_row, count, 1)
             for k in range(count):
