@@ -84,7 +84,7 @@ class Dispatcher:
     __slots__ = "_kernels", "_options", "epsilon", "lam", "lam_array", "reading", "writing"
 
     def __init__(self, options: Options) -> None:
-        self.options = options
+        self._assign(options)  # no other thread has it yet, and torch.compile traces no lock
         self.reading, self.writing = ([NO_PLAN] * (_MOST_AXES + 1) for _ in range(2))
         self._kernels: tuple[Any, dict[Any, Any]] = None, {}
 
@@ -95,13 +95,15 @@ class Dispatcher:
 
     @options.setter
     def options(self, options: Options) -> None:
-        lam, _, epsilon, _, _ = options
-        # torch.compile takes numbers for constants, but arrays for inputs of what it compiles
-        array = np.array(lam)
         with _ASSIGNING:  # or of two threads at once, each could be the last to assign a part
-            self._options, self.lam_array = options, array
-            self.lam: Any = lam if len(lam) > 1 else lam[0]
-            self.epsilon = math.nan if epsilon is None else epsilon
+            self._assign(options)
+
+    def _assign(self, options: Options) -> None:
+        lam, _, epsilon, _, _ = self._options = options
+        self.lam: Any = lam if len(lam) > 1 else lam[0]
+        self.epsilon = math.nan if epsilon is None else epsilon
+        # torch.compile takes numbers for constants, but arrays for inputs of what it compiles
+        self.lam_array = np.array(lam)
 
     def penalty(self, activations: Any) -> Any:
         """Return the penalty of a contiguous array, or None."""
