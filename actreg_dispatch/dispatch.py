@@ -9,7 +9,6 @@ adapters call back with the memory of the arrays.
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,6 @@ from actreg_dispatch.registry import (
     choose,
 )
 from actreg_dispatch.row_norms import RowsBackend, row_axes
-from actreg_dispatch.runtime.threads import lock_over_fork
 from actreg_dispatch.statistics import check_statistics
 from actreg_dispatch.sums.certified import NOT_HANDLED
 from actreg_dispatch.sums.exact import PairedSum, PartialSum, Total, outcome_of
@@ -62,8 +60,6 @@ __all__ = [
 _NDARRAY = np.ndarray
 NO_PLAN: tuple[Any, ...] = (None,) * 5
 _MOST_AXES = 64  # of an array of NumPy
-_ASSIGNING = threading.Lock()  # held while λ is assigned, in all the forms it is kept in
-lock_over_fork(_ASSIGNING)
 
 # To add a float to a NumPy scalar takes a third of the time that it takes to make one of the float,
 # but before NumPy 2 the float32 would become a float64.
@@ -81,29 +77,37 @@ class Dispatcher:
     calls that read and for calls that write.
     """
 
-    __slots__ = "_kernels", "_options", "epsilon", "lam", "lam_array", "reading", "writing"
+    __slots__ = "_kernels", "assigned", "reading", "writing"
 
     def __init__(self, options: Options) -> None:
-        self._assign(options)  # no other thread has it yet, and torch.compile traces no lock
+        self.options = options
         self.reading, self.writing = ([NO_PLAN] * (_MOST_AXES + 1) for _ in range(2))
         self._kernels: tuple[Any, dict[Any, Any]] = None, {}
 
     @property
     def options(self) -> Options:
         """The options; no plan depends on λ, so it may be replaced."""
-        return self._options
+        options: Options = self.assigned[2]
+        return options
 
     @options.setter
     def options(self, options: Options) -> None:
-        with _ASSIGNING:  # or of two threads at once, each could be the last to assign a part
-            self._assign(options)
+        lam, _, epsilon, _, _ = options
+        number = lam if len(lam) > 1 else lam[0]
+        # λ and epsilon as kernels take them, and so on: one tuple, or of two threads that assign,
+        # each could be the last to assign a part.
+        self.assigned: tuple[Any, ...] = (
+            number,
+            math.nan if epsilon is None else epsilon,
+            options,
+            np.array(lam),
+        )
 
-    def _assign(self, options: Options) -> None:
-        lam, _, epsilon, _, _ = self._options = options
-        self.lam: Any = lam if len(lam) > 1 else lam[0]
-        self.epsilon = math.nan if epsilon is None else epsilon
-        # torch.compile takes numbers for constants, but arrays for inputs of what it compiles
-        self.lam_array = np.array(lam)
+    @property
+    def lam_array(self) -> np.ndarray[Any, Any]:
+        """λ as torch.compile takes it for an input of what it compiles, not for a constant."""
+        array: np.ndarray[Any, Any] = self.assigned[3]
+        return array
 
     def penalty(self, activations: Any) -> Any:
         """Return the penalty of a contiguous array, or None."""
@@ -116,9 +120,9 @@ class Dispatcher:
             and asked_by_context() is context
             and RAW_ENVIRONMENT.get(RAW_KEY) is environment
         ):
-            lam = self.lam  # once: another thread may assign it
+            lam, epsilon, _, _ = self.assigned  # once: another thread may assign others
             try:
-                penalty = kernel(activations, lam, self.epsilon)
+                penalty = kernel(activations, lam, epsilon)
             except TypeError:  # strided; it takes some 50 µs to find out, so not twice
                 self.reading[axes] = NO_PLAN
                 return None
@@ -139,11 +143,12 @@ class Dispatcher:
     def exact(self, activations: Any, lam: Any) -> Any:
         """Return the penalty, with the λ that the gradients were updated with, by exact sums."""
         lam = lam if type(lam) is tuple else (lam,)
-        return penalty_exactly(self._options._replace(lam=lam), activations)
+        return penalty_exactly(self.options._replace(lam=lam), activations)
 
     def _planned(self, writes: bool, arrays: tuple[Any, ...], scale: tuple[float, ...]) -> Any:
         """Find the kernel that handles such arrays, call it, and keep it as the plan."""
-        activations, lam, options = arrays[0], self.lam, self._options
+        activations = arrays[0]
+        lam, epsilon, options, _ = self.assigned
         dtype, compute = activations.dtype, compute_dtype(activations.dtype)
         if options.norm.axis is not None:
             return None
@@ -164,7 +169,7 @@ class Dispatcher:
             known = self._kernels = asked, {}
         found, call = known[1], (dtype, axes, writes)
         kernels = found.get(call, ())
-        arguments = *arrays, lam, *scale, self.epsilon
+        arguments = *arrays, lam, *scale, epsilon
         for kernel in kernels:
             penalty = _called(kernel, arguments)
             if penalty != NOT_HANDLED:

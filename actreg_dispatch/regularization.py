@@ -335,9 +335,9 @@ class ActivityRegularization(Constructors, Piecewise):
                 and asked_by_context() is context
                 and RAW_ENVIRONMENT.get(RAW_KEY) is environment
             ):
-                lam = plan.lam  # once: another thread may assign it
+                lam, epsilon, _, _ = plan.assigned  # once: another thread may assign others
                 try:
-                    penalty = kernel(activations, gradients, lam, scale, plan.epsilon)
+                    penalty = kernel(activations, gradients, lam, scale, epsilon)
                 except TypeError:  # strided or read-only; to find out takes 50 µs, so not twice
                     plan.writing[axes] = dispatch.NO_PLAN
                 else:

@@ -209,7 +209,7 @@ def test_lam_is_assigned_as_a_whole():
 
     for _ in range(5):
         at_once(*(lambda lam=lam: assign(lam) for lam in (0.5, 1.0, 2.0, 4.0)))
-        assert dispatcher.options.lam[0] == dispatcher.lam == dispatcher.lam_array[0]
+        assert dispatcher.options.lam[0] == dispatcher.assigned[0] == dispatcher.lam_array[0]
 
 
 class Doubling(Backend):
