@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,28 @@ def cupy(request: pytest.FixtureRequest) -> Any:
         required = "cupy" in request.config.getoption("--require-backend")
         (pytest.fail if required else pytest.skip)(f"no CUDA device: {reason}")
     return sys.modules["cupy"]
+
+
+@pytest.fixture(scope="session")
+def torch(request: pytest.FixtureRequest) -> Any:
+    """Return the torch module, where it is installed."""
+    return _installed(request, "torch")
+
+
+@pytest.fixture
+def jax(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Return the jax module, where it is installed, with float64."""
+    jax = _installed(request, "jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield jax
+    jax.config.update("jax_enable_x64", before)
+
+
+def _installed(request: pytest.FixtureRequest, name: str) -> Any:
+    if name in request.config.getoption("--require-backend"):
+        return importlib.import_module(name)
+    return pytest.importorskip(name)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from PIL import Image
 
 from actreg_dispatch.norms import ActivityNorm
 from benchmarks import model, report
@@ -92,9 +93,8 @@ def test_the_page_shows_the_counts_that_are_kept():
 
 
 def test_the_picture_on_the_page_is_of_the_counts_that_are_kept():
-    image = pytest.importorskip("PIL.Image")  # which comes with matplotlib
     panels = model.panels(json.loads(KEPT.read_text(encoding="utf-8")))
-    with image.open(ROOT / "benchmarks" / "model.png") as picture:
+    with Image.open(ROOT / "benchmarks" / "model.png") as picture:
         assert picture.info["Comment"] == report.digest(panels)
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert "](../benchmarks/model.png)" in page
@@ -115,10 +115,9 @@ def test_the_picture_has_the_throughput_that_follows_from_the_table():
 
 
 def test_the_picture_is_drawn_from_a_former_run(monkeypatch, tmp_path, capsys):
-    image = pytest.importorskip("PIL.Image")
     path = tmp_path / "model.png"
     assert model.main(["--from-json", str(KEPT), "--png", str(path)]) == 0
-    with image.open(path) as picture, image.open(ROOT / "benchmarks" / "model.png") as kept:
+    with Image.open(path) as picture, Image.open(ROOT / "benchmarks" / "model.png") as kept:
         assert picture.info["Comment"] == kept.info["Comment"]
         assert picture.size == kept.size
     monkeypatch.setattr(model, "find_spec", lambda name: None)

@@ -7,6 +7,8 @@ import json
 import pickle
 from fractions import Fraction
 
+import dask
+import dask.array as da
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -248,8 +250,7 @@ def test_the_command_line(tmp_path, capsys):
 
 
 @each_norm
-def test_pytorch(name):
-    torch = pytest.importorskip("torch")
+def test_pytorch(torch, name):
     from actreg_dispatch.torch import ActivityRegularizer
 
     values, reg = values_of(4, 6), regularization(name)
@@ -278,15 +279,6 @@ def test_pytorch(name):
         assert second.isfinite().all()
 
 
-@pytest.fixture
-def jax():
-    jax = pytest.importorskip("jax")
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield jax
-    jax.config.update("jax_enable_x64", before)
-
-
 @each_norm
 def test_jax(jax, name):
     jnp, values, reg = jax.numpy, values_of(4, 6), regularization(name)
@@ -312,8 +304,8 @@ def test_jax(jax, name):
 
 @each_norm
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_second_derivatives_far_out_in_jax_and_pytorch(jax, name, dtype):
-    torch, values = pytest.importorskip("torch"), values_of(5).astype(dtype)
+def test_second_derivatives_far_out_in_jax_and_pytorch(jax, torch, name, dtype):
+    values = values_of(5).astype(dtype)
     size = np.dtype(dtype).type(2.0**83)  # some 1e25, whose square float32 does not hold
     reg = regularization(name)
     near, far = (jax.hessian(reg.penalty)(jax.numpy.asarray(x)) for x in (values, values * size))
@@ -328,7 +320,6 @@ def test_second_derivatives_far_out_in_jax_and_pytorch(jax, name, dtype):
 
 @each_norm
 def test_dask(name):
-    dask, da = pytest.importorskip("dask"), pytest.importorskip("dask.array")
     values, reg = values_of(12, 10), regularization(name)
     expected = exact(name, values, np.zeros_like(values))
     with dask.config.set(scheduler="threads"):
@@ -339,7 +330,6 @@ def test_dask(name):
 
 
 def test_a_process_of_dask_that_does_not_know_the_norm_says_so():
-    dask, da = pytest.importorskip("dask"), pytest.importorskip("dask.array")
     lazy = regularization("elastic").penalty(da.from_array(np.ones(4), chunks=2))
     with (
         dask.config.set({"multiprocessing.context": "spawn"}),

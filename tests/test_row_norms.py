@@ -6,6 +6,7 @@ import math
 import pickle
 from fractions import Fraction
 
+import dask.array as da
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
@@ -341,7 +342,6 @@ def test_arrays_of_all_libraries_have_rows(arrays, axis):
 
 
 def test_chunks_must_hold_whole_rows():
-    da = pytest.importorskip("dask.array")
     x = da.ones((6, 8), chunks=(2, 4))
     reg = ActivityRegularization.l2(0.1, axis=-1)
     for call in (reg.penalty, reg.penalty_and_gradient, reg.partial_sum):
@@ -354,8 +354,7 @@ def test_chunks_must_hold_whole_rows():
     assert float(other.penalty(x.rechunk({0: -1})).compute()) == other.penalty(np.ones((6, 8)))
 
 
-def test_jax_transforms_and_differentiates_norms_of_rows():
-    jax = pytest.importorskip("jax")
+def test_jax_transforms_and_differentiates_norms_of_rows(jax):
     jnp = jax.numpy
     x = random((4, 5), np.float32)
     x[-1] = 1e-25  # whose squares are below the range
@@ -388,8 +387,7 @@ REDUCTIONS = ("sum", (0, 1), "batch")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_pytorch_compiles_and_exports_norms_of_rows(reduction):
-    torch = pytest.importorskip("torch")
+def test_pytorch_compiles_and_exports_norms_of_rows(torch, reduction):
     x = torch.from_numpy(random((4, 5), np.float32)) + 0.5
     w = torch.from_numpy(np.abs(random((5,), np.float32, seed=1)))
     reg = ActivityRegularization.l2(0.3, axis=-1, reduction=reduction)
@@ -408,8 +406,7 @@ def test_pytorch_compiles_and_exports_norms_of_rows(reduction):
     assert results[0] == results[1]
 
 
-def test_pytorch_differentiates_norms_of_rows_further():
-    torch = pytest.importorskip("torch")
+def test_pytorch_differentiates_norms_of_rows_further(torch):
     rng = np.random.default_rng(0)
     x = torch.tensor(rng.normal(size=(3, 4)) + 2.0, requires_grad=True)
     w = torch.tensor(rng.uniform(0.5, 2.0, (4,)), requires_grad=True)

@@ -193,7 +193,8 @@ def stores(tmp_path):
     """Two Zarr arrays."""
     if sys.version_info < (3, 11):
         pytest.skip("Zarr 3 needs Python 3.11")
-    zarr = pytest.importorskip("zarr")
+    import zarr
+
     paths = [tmp_path / name for name in "xg"]
     for path in paths:
         array = zarr.create_array(path, shape=(1000,), chunks=(250,), dtype="f4", compressors=None)

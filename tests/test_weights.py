@@ -306,8 +306,7 @@ def test_weights_that_do_not_fit_are_refused(weights, error, message):
     assert not g.any()
 
 
-def test_weights_of_another_library_are_refused():
-    torch = pytest.importorskip("torch")
+def test_weights_of_torch_for_numpy_arrays_are_refused(torch):
     with pytest.raises(MixedArraysError, match=r"weights are a torch\.Tensor; move one of them"):
         ActivityRegularization(0.5).penalty(np.ones(3), weights=torch.ones(3))
 
