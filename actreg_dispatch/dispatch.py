@@ -9,7 +9,7 @@ adapters call back with the memory of the arrays.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -66,6 +66,18 @@ _MOST_AXES = 64  # of an array of NumPy
 _FLOATS_ARE_WEAK = (np.float32(0) + 0.0).dtype == np.float32
 
 
+class Assigned(NamedTuple):
+    """Options, and what is made of them once: λ and epsilon as kernels take them.
+
+    ``torch.compile`` takes a number for a constant, but an array for an input of what it compiles.
+    """
+
+    lam: Any
+    epsilon: float
+    options: Options
+    lam_array: np.ndarray[Any, Any]
+
+
 class Dispatcher:
     """The options of one regularization, and what its calls on plain NumPy arrays came down to.
 
@@ -87,27 +99,15 @@ class Dispatcher:
     @property
     def options(self) -> Options:
         """The options; no plan depends on λ, so it may be replaced."""
-        options: Options = self.assigned[2]
-        return options
+        return self.assigned.options
 
     @options.setter
     def options(self, options: Options) -> None:
         lam, _, epsilon, _, _ = options
-        number = lam if len(lam) > 1 else lam[0]
-        # λ and epsilon as kernels take them, and so on: one tuple, or of two threads that assign,
-        # each could be the last to assign a part.
-        self.assigned: tuple[Any, ...] = (
-            number,
-            math.nan if epsilon is None else epsilon,
-            options,
-            np.array(lam),
-        )
-
-    @property
-    def lam_array(self) -> np.ndarray[Any, Any]:
-        """λ as torch.compile takes it for an input of what it compiles, not for a constant."""
-        array: np.ndarray[Any, Any] = self.assigned[3]
-        return array
+        number: Any = lam if len(lam) > 1 else lam[0]
+        limit = math.nan if epsilon is None else epsilon
+        # As a whole, or of two threads each could be the last to assign a part.
+        self.assigned = Assigned(number, limit, options, np.array(lam))
 
     def penalty(self, activations: Any) -> Any:
         """Return the penalty of a contiguous array, or None."""

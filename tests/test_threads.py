@@ -166,7 +166,7 @@ def test_lam_is_that_of_one_assignment():
             reg.lam = lam
             done.wait(60)
             kept = {reg.lam, reg.penalty(x) / 7, reg.penalty(strided) / 7}
-            kept.add(float(reg._dispatcher.lam_array[0]))
+            kept.add(float(reg._dispatcher.assigned.lam_array[0]))
             if len(kept) > 1:
                 done.abort()
             assert len(kept) == 1, kept
@@ -210,7 +210,8 @@ def test_lam_is_assigned_as_a_whole():
 
     for _ in range(5):
         at_once(*(lambda lam=lam: assign(lam) for lam in (0.5, 1.0, 2.0, 4.0)))
-        assert dispatcher.options.lam[0] == dispatcher.assigned[0] == dispatcher.lam_array[0]
+        now = dispatcher.assigned
+        assert now.options.lam[0] == now.lam == now.lam_array[0]
 
 
 class Doubling(Backend):

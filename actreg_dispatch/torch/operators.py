@@ -89,7 +89,7 @@ def pass_through(
 def _others(reg: ActivityRegularization, weights: torch.Tensor | None) -> tuple[Any, ...]:
     """Return a regularization and weights as the last arguments of operators."""
     lam, norm, epsilon, reduction, backend = reg.options
-    array = as_input(lam, reg._dispatcher.lam_array)
+    array = as_input(lam, reg._dispatcher.assigned.lam_array)
     if not isinstance(reduction, str):
         reduction = " ".join(map(str, reduction))
     return array, norm.name, norm.axis, epsilon, reduction, backend, weights

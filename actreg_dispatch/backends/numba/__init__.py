@@ -335,7 +335,7 @@ def _whole(
     call = call_of(x, g, weights, norm, constants)
     writes_first = writes and not norm.two_pass
     if writes_first or weights is None or each_once(weights).size < x.size:
-        call.needs_exact_sum = _check_values(weights)
+        call.large_weights = _check_values(weights)
     elif weights.dtype.kind != "b":  # as many as elements: read once, and checked on the way
         call.check_weights = kernel_of(functions.checking_function, weights.dtype).address
     if statistics is not None:

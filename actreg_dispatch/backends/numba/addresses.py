@@ -72,7 +72,7 @@ class Call(ctypes.Structure):
         ("gradients", ctypes.c_int64),
         ("weights", ctypes.c_int64),  # if there are any, and what gathers them
         ("gather", ctypes.c_int64),
-        ("needs_exact_sum", ctypes.c_int64),  # since some weights are too large
+        ("large_weights", ctypes.c_int64),  # whether some are too large, as a check has found
         ("check_weights", ctypes.c_int64),  # what checks a block of them, if they are not yet
         ("count_elements", ctypes.c_int64),  # what counts for statistics, if it is wanted
         ("sizes", ctypes.c_int64),  # of rows, if they are wanted

@@ -258,7 +258,7 @@ def _several_lams(lam):  # type: ignore[no-untyped-def]
 def _describe(call, x, g, size, itemsize):  # type: ignore[no-untyped-def]
     """Write down that the arrays are one row, without weights."""
     call.weights = call.gather = call.w_step = 0
-    call.needs_exact_sum = call.check_weights = call.count_elements = 0
+    call.large_weights = call.check_weights = call.count_elements = 0
     call.activations, call.gradients, call.size, call.length = x, g, size, size
     call.x_step = call.g_step = itemsize
     call.n_axes = call.axes = 0

@@ -183,7 +183,7 @@ def finish_function(norm: Norm, compute: np.dtype[Any]) -> Any:
             real,
         )
         penalty, c, has_gradient = found
-        bad, large = call.total[BAD] != 0.0, call.total[LARGE] != 0.0 or call.needs_exact_sum != 0
+        bad, large = call.total[BAD] != 0.0, call.total[LARGE] != 0.0 or call.large_weights != 0
         if bad or (large and anchored) or not (certain and penalty >= 0.0):
             return UNCERTAIN
         call.penalty = penalty
@@ -213,8 +213,8 @@ def _piece(call, number):  # type: ignore[no-untyped-def]
 def checking_function(weights: np.dtype[Any]) -> Any:
     """Compile what counts, of the weights of a block, the bad ones, and those that are too large.
 
-    It is given what a block function is, and leaves the counts next to the total, as which it will
-    do alone.
+    It is called as a block function is, by one or in its place, and leaves the counts next to the
+    total.
     """
     bits = bits_of(weights)
     element, itemsize = bits.type, bits.itemsize

@@ -171,7 +171,9 @@ def rows_function(norm: Norm, dtype: np.dtype[Any], anchored: bool, weighted: bo
         count = min(call.pieces_per_block, call.all_pieces - first_row)
         x, g = call.activations + first_row * x_row, call.gradients + first_row * g_row
         w = call.weights + first_row * w_row
-        found = dense_row(np.float64, new_rows(), 4 * ROWS, 8)  # one array, or no vectors are used
+        # Of each row: the ends of its bracket, its size, and 1 if it is undecided. In one array, or
+        # the compiler does not make vectors of it.
+        found = dense_row(np.float64, new_rows(), 4 * ROWS, 8)
         for k in range(count):
             found[k], found[ROWS + k] = bracket_of(
                 x + k * x_row, w + k * w_row, length, w_step, bound
