@@ -248,6 +248,15 @@ def test_the_doctor_works_where_nothing_is_compiled(python):
     assert "a numpy.ndarray is computed by numpy" in told
 
 
+def test_a_command_that_is_gone_says_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["actreg", "bench", "--sizes", "1000"])
+    for arguments in (None, ["bench"], ["bench", "--quick"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert "run: python -m benchmarks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["demo", "doctor"])
 def test_an_interrupt_is_one_line(command, monkeypatch, capsys, tmp_path):
     from actreg_dispatch.cli import demo, doctor

@@ -22,6 +22,10 @@ from actreg_dispatch.registry import AUTO, check_name, requested, usable
 
 __all__ = ["main"]
 
+_BENCH = (
+    "actreg: bench is not a command any more; in a clone of the repository, run: "
+    "python -m benchmarks\n"
+)
 _COMPILES = "The first run for a norm and a dtype compiles, for some seconds."
 
 
@@ -31,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # λ on a terminal that cannot show it
     parser = _parser()
+    if (sys.argv[1:] if arguments is None else arguments)[:1] == ["bench"]:
+        parser.exit(2, _BENCH)
     options = parser.parse_args(arguments)
     if options.run is None:
         parser.print_help(sys.stderr)
